@@ -1,0 +1,30 @@
+"""Callbacks, reusable in any LightningModule."""
+
+if __name__ != "lit_edit.callbacks":
+    raise ImportError(
+        "Import 'lit_edit.callbacks' instead of 'callbacks': the folder at the top of the repository is installed as "
+        "part of lit_edit, and a second copy of its classes would not be the same classes."
+    )
+
+from .checkpoint import EditCheckpoint
+from .downstream_eval import DownstreamEval
+from .every_n import EveryNEdits, count_edits
+from .export import ExportModel
+from .matrix_stability import MatrixStability, matrix_figures, relative_drift
+from .progress import EditProgressBar
+from .results_table import ResultsTable
+from .retention import Retention
+
+__all__ = [
+    "DownstreamEval",
+    "EditCheckpoint",
+    "EditProgressBar",
+    "EveryNEdits",
+    "ExportModel",
+    "MatrixStability",
+    "ResultsTable",
+    "Retention",
+    "count_edits",
+    "matrix_figures",
+    "relative_drift",
+]

@@ -1,0 +1,31 @@
+"""What a run leaves behind: the edited model and the record of edits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+
+class ExportModel(Callback):
+    """Writes the edited model (as `transformers` loads it) and ``edits.jsonl`` when a fit ends.
+
+    Args:
+        dirpath: the model's folder; ``model`` in the run's log directory if None.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        super().__init__()
+        self.dirpath = dirpath
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        root = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = Path(self.dirpath) if self.dirpath else root / "model"
+        pl_module.export(folder)
+        pl_module.journal.write(root / "edits.jsonl")
+        rank_zero_info(f"Edited model: {folder}   edits: {root / 'edits.jsonl'}   results: {root / 'results.json'}")

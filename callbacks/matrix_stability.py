@@ -1,0 +1,214 @@
+"""How well conditioned the edited matrices stay, and how far they have moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from .every_n import EveryNEdits, count_edits
+
+_NAMES_SHOWN = 8
+
+
+def _in_double(matrix: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    return matrix.detach().to(device="cpu" if matrix.device.type == "mps" else matrix.device, dtype=torch.float64)
+
+
+def matrix_figures(weight: Tensor) -> dict[str, float]:
+    """Norms and conditioning of one matrix, computed in float64.
+
+    Args:
+        weight: shape ``(d_out, d_in)``, of any floating dtype; its transpose has the same figures.
+
+    Returns:
+        ``frobenius_norm``; ``l1_norm``, the sum of absolute entries; ``spectral_norm``, the largest singular value;
+        ``smallest_singular_value``; and ``condition_number``, their ratio, which is infinite for a singular matrix. A
+        matrix with an entry that is not finite has no spectrum: all its figures are NaN, so that a run whose weights
+        have diverged can still be recorded.
+
+    Raises:
+        ValueError: if ``weight`` is not a matrix or is empty.
+
+    Example:
+        >>> matrix_figures(torch.diag(torch.tensor([4.0, 2.0])))["condition_number"]
+        2.0
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"A matrix with at least one entry is needed, the shape is {tuple(weight.shape)}.")
+    matrix = _in_double(weight)
+    names = ("frobenius_norm", "l1_norm", "spectral_norm", "smallest_singular_value", "condition_number")
+    if not bool(torch.isfinite(matrix).all()):
+        return dict.fromkeys(names, math.nan)
+    singular_values = torch.linalg.svdvals(matrix)
+    largest, smallest = singular_values[0].item(), singular_values[-1].item()
+    condition = largest / smallest if smallest > 0 else math.inf
+    frobenius, l1 = torch.linalg.norm(matrix).item(), matrix.abs().sum().item()
+    return dict(zip(names, (frobenius, l1, largest, smallest, condition), strict=True))
+
+
+def relative_drift(weight: Tensor, reference: Tensor) -> float:
+    """How far a matrix has moved: ``‖weight − reference‖_F / ‖reference‖_F``, in float64.
+
+    Args:
+        weight: shape ``(d_out, d_in)``.
+        reference: the same shape, on any device.
+
+    Returns:
+        The ratio. From a reference of zeros it is 0 for no movement and infinite for any.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if weight.shape != reference.shape:
+        raise ValueError(f"The shapes differ: {tuple(weight.shape)} and {tuple(reference.shape)}.")
+    now = _in_double(weight)
+    start = _in_double(reference.to(now.device))
+    moved, size = torch.linalg.norm(now - start).item(), torch.linalg.norm(start).item()
+    if size > 0:
+        return moved / size
+    return 0.0 if moved == 0 else math.inf
+
+
+class MatrixStability(EveryNEdits):
+    """Logs norms, conditioning and drift of weight matrices every N edits.
+
+    For every matrix the figures of `matrix_figures` and `relative_drift`, as ``stability/<parameter>/<figure>``, and
+    over all of them ``stability/worst_condition_number``, ``stability/mean_frobenius_norm`` and
+    ``stability/mean_relative_drift``.
+
+    Drift is measured from the weights before the first edit. A copy of them is kept on the CPU and saved in
+    checkpoints, so a resumed run goes on measuring from there; checkpoints grow by the size of the watched matrices.
+    Where a checkpoint holds no copy, because the callback was added later, drift starts at the resumed weights, with a
+    warning.
+
+    Args:
+        parameters: names or shell-style patterns (``*`` also matches dots) of the parameters to watch. By default
+            those the module returns from ``edited_parameters()``, a dict of matrices by name; for a module without
+            that method, every matrix that requires gradients.
+        every_n: edits between two measurements, see `EveryNEdits`.
+        at_start: also measure before the first edit.
+        at_end: also measure the last count of the run.
+
+    Raises:
+        ValueError: in the constructor if ``parameters`` is empty or ``every_n`` is not positive; when training starts
+            if a pattern matches no parameter, or what it matches is not a matrix.
+
+    Example:
+        >>> callback = MatrixStability(parameters=["*.mlp.down_proj.weight"], every_n=100)
+    """
+
+    def __init__(
+        self,
+        parameters: list[str] | None = None,
+        every_n: int = 25,
+        at_start: bool = True,
+        at_end: bool = True,
+    ) -> None:
+        super().__init__(every_n=every_n, at_start=at_start, at_end=at_end)
+        if isinstance(parameters, str):
+            raise ValueError(f"parameters should be a list of patterns, it is the text {parameters!r}.")
+        if parameters is not None and not parameters:
+            raise ValueError("parameters is an empty list; leave it out to watch the edited matrices.")
+        self.parameters = parameters
+        self._reference: dict[str, Tensor] = {}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Two of these in one run watch different parameters. `every_n` is left out: a run may be resumed with another.
+        return self._generate_state_key(parameters=self.parameters)
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self._reference = {}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # By now a checkpoint has been restored under every strategy, the reference with it, and no edit has been made.
+        matrices = self._select(pl_module)
+        missing = [name for name in matrices if name not in self._reference]
+        if missing and count_edits(trainer, pl_module) > 0:
+            rank_zero_warn(
+                f"No starting weights of {_some(missing)} were saved; drift is measured from the resumed weights.",
+                category=UserWarning,
+            )
+        for name in missing:
+            self._reference[name] = matrices[name].detach().cpu().clone()
+
+    @override
+    def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
+        tagged: dict[str, float] = {}
+        by_figure: dict[str, list[float]] = {}
+        for name, weight in self._select(pl_module).items():
+            figures = matrix_figures(weight)
+            figures["relative_drift"] = relative_drift(weight, self._reference[name])
+            for figure, value in figures.items():
+                tagged[f"stability/{name}/{figure}"] = value
+                by_figure.setdefault(figure, []).append(value)
+        # Through tensors, because Python's `max` loses a NaN unless it comes first.
+        over_all = {figure: torch.tensor(values, dtype=torch.float64) for figure, values in by_figure.items()}
+        tagged["stability/worst_condition_number"] = over_all["condition_number"].max().item()
+        tagged["stability/mean_frobenius_norm"] = over_all["frobenius_norm"].mean().item()
+        tagged["stability/mean_relative_drift"] = over_all["relative_drift"].mean().item()
+        return tagged
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "reference": dict(self._reference)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._reference = {name: weight.cpu() for name, weight in state_dict["reference"].items()}
+
+    def _select(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        """The matrices to watch, by name. Looked up anew each time: a module may replace a parameter object."""
+        chosen = self._matching(pl_module) if self.parameters is not None else _default_matrices(pl_module)
+        for name, weight in chosen.items():
+            if weight.ndim != 2 or weight.numel() == 0:
+                raise ValueError(f"MatrixStability watches matrices, {name!r} has the shape {tuple(weight.shape)}.")
+        return chosen
+
+    def _matching(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        available: dict[str, Tensor] = dict(pl_module.named_parameters())
+        chosen: dict[str, Tensor] = {}
+        for pattern in self.parameters or ():
+            found = {name: weight for name, weight in available.items() if fnmatchcase(name, pattern)}
+            if not found:
+                matrices = [name for name, weight in available.items() if weight.ndim == 2]
+                raise ValueError(
+                    f"MatrixStability: no parameter of {type(pl_module).__name__} matches {pattern!r}. "
+                    f"Its matrices are {_some(matrices)}."
+                )
+            chosen.update(found)
+        return chosen
+
+
+def _default_matrices(pl_module: LightningModule) -> dict[str, Tensor]:
+    edited = getattr(pl_module, "edited_parameters", None)
+    if callable(edited):
+        offered: Mapping[str, Tensor] = edited()
+        chosen = dict(offered)
+    else:
+        chosen = {n: p for n, p in pl_module.named_parameters() if p.ndim == 2 and p.requires_grad}
+    if not chosen:
+        raise ValueError(
+            f"MatrixStability: {type(pl_module).__name__} has no edited or trainable matrix; name some in `parameters`."
+        )
+    return chosen
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    listed = ", ".join(names[:_NAMES_SHOWN]) or "none"
+    return f"{listed} and {more} more" if more > 0 else listed

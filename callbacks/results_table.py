@@ -1,0 +1,52 @@
+"""The table that ends a run: what was measured before the first edit and after the last."""
+
+from __future__ import annotations
+
+import time
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from rich.console import Console
+from typing_extensions import override
+
+from lit_edit.results import ResultsLogger, results_table
+
+
+class ResultsTable(Callback):
+    """Prints `lit_edit.results.results_table` when the run ends and writes the run's duration into ``results.json``.
+
+    Needs a `lit_edit.results.ResultsLogger` among the trainer's loggers; without one it warns and does nothing else.
+    The ``seconds`` of a resumed run are added to those already in the file.
+
+    Example:
+        >>> callback = ResultsTable()
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: float | None = None
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+        # Said before the run, when it can still be put right. A `fast_dev_run` takes all loggers away.
+        if _results_of(trainer) is None and not getattr(trainer, "fast_dev_run", False):
+            rank_zero_warn(
+                "ResultsTable found no ResultsLogger among the trainer's loggers, so there will be no table.",
+                category=UserWarning,
+            )
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # `on_train_end` would be too early: callbacks listed after this one take their last measurement there.
+        results = _results_of(trainer)
+        if results is None or not trainer.is_global_zero or not results.records:
+            return
+        if self._started is not None:
+            before = results.run.get("seconds") or 0.0
+            results.log_run({"seconds": round(before + time.monotonic() - self._started, 3)})
+        Console().print(results_table(results.records))
+
+
+def _results_of(trainer: Trainer) -> ResultsLogger | None:
+    return next((logger for logger in trainer.loggers if isinstance(logger, ResultsLogger)), None)

@@ -1,0 +1,210 @@
+"""What all data modules share: a file of facts becomes checked requests, and these become batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lit_edit.datamodules.files import Located, Record, read_records
+from lit_edit.datamodules.loader import EditBatch, EditLoader
+from lit_edit.datamodules.records import ALL_FORMS, LIST_FIELDS, Form, read_request
+
+from lit_edit.requests import EditRequest, RequestError
+
+OnBadRecord = Literal["raise", "skip"]
+
+
+class EditDataModule(LightningDataModule):
+    """A file of edit requests, checked before the first edit and handed out in order.
+
+    This class reads a record in any of the known forms (see `lit_edit.datamodules.records`); its subclasses know one
+    data set each. The hooks of the LightningModule receive each batch as a ``list[EditRequest]``. A run that was
+    interrupted in the middle of an epoch goes on with the first batch that was not finished.
+
+    Args:
+        path: the file, in one of the kinds of `read_records`; ``None`` takes the embedded file of the data set.
+        n_edits: how many requests to take; ``None`` takes all there are from ``offset`` on.
+        batch_size: how many requests are edited at once; the last batch may be smaller.
+        seed: shuffles the records of the file, before ``offset`` counts; ``None`` keeps the order of the file.
+        offset: how many requests to leave out at the beginning.
+        on_bad_record: what to do with a record that cannot be edited: ``raise`` stops at the first one; ``skip`` leaves
+            them out, lists them in `refused` and warns. A file that cannot be read as such is always an error.
+
+    Attributes:
+        requests: the requests of this run, in the order of editing; filled by `setup`.
+        refused: for each record left out, why, with file, record and field; filled by `setup`.
+
+    Raises:
+        ValueError: if an argument is out of range, or no path is given and there is no embedded file.
+    """
+
+    forms: ClassVar[Sequence[Form]] = ALL_FORMS
+    embedded: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        path: str | None = None,
+        n_edits: int | None = 100,
+        batch_size: int = 1,
+        seed: int | None = None,
+        offset: int = 0,
+        on_bad_record: OnBadRecord = "raise",
+    ) -> None:
+        super().__init__()
+        if path is None and self.embedded_file() is None:
+            raise ValueError(f"{type(self).__name__} needs a path: the file of facts to edit.")
+        if n_edits is not None and n_edits < 1:
+            raise ValueError(f"n_edits is {n_edits}; it must be at least 1, or null for all.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        if offset < 0:
+            raise ValueError(f"offset is {offset}; it must not be negative.")
+        if on_bad_record not in ("raise", "skip"):
+            raise ValueError(f"on_bad_record is {on_bad_record!r}; it must be 'raise' or 'skip'.")
+        self.path = path
+        self.n_edits = n_edits
+        self.batch_size = batch_size
+        self.seed = seed
+        self.offset = offset
+        self.on_bad_record = on_bad_record
+        self.requests: list[EditRequest] = []
+        self.refused: list[str] = []
+        self._is_set_up = False
+
+    def embedded_file(self) -> str | None:
+        """The name of the embedded file that is read when no path is given, if there is one."""
+        return self.embedded
+
+    def read_record(self, record: Record, source: str, default_id: str) -> EditRequest:
+        """Turn one record of the file into a request; subclasses may refine it.
+
+        Args:
+            record: the fields of the record.
+            source: the words that locate it in an error message.
+            default_id: the identifier to use if the record has none.
+
+        Raises:
+            RequestError: if the record cannot be edited.
+        """
+        return read_request(record, source, default_id, self.forms)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check the file; a second call does nothing.
+
+        Args:
+            stage: Lightning's name for what is about to run; the requests are the same for all.
+
+        Raises:
+            RequestError: if the file cannot be read, or (with ``on_bad_record="raise"``) a record cannot be edited.
+            ValueError: if there are fewer usable records than asked for.
+        """
+        if self._is_set_up:
+            return
+        records = self._read_file()
+        requests, self.refused = self._read_all(records)
+        self.requests = self._select(requests)
+        self._is_set_up = True
+
+    def _read_file(self) -> list[Located]:
+        if self.path is not None:
+            return read_records(self._resolve(self.path), LIST_FIELDS)
+        name = self.embedded_file()
+        if name is None:
+            raise ValueError(f"{type(self).__name__} needs a path: the file of facts to edit.")
+        with as_file(files("lit_edit.world") / "data" / name) as file:
+            return read_records(file, LIST_FIELDS)
+
+    def _resolve(self, path: str) -> str | Path:
+        """The file that a path means."""
+        return path
+
+    def _read_all(self, records: Sequence[Located]) -> tuple[list[EditRequest], list[str]]:
+        """All records as requests, with identifiers that differ, and the reasons for those left out."""
+        requests: list[EditRequest] = []
+        refused: list[str] = []
+        for number, (source, record) in enumerate(records, start=1):
+            try:
+                requests.append(self.read_record(record, source, str(number)))
+            except RequestError as error:
+                if self.on_bad_record == "raise":
+                    # The reason in full, with what can be done about it, is one line; the bare reason before it would
+                    # only repeat it.
+                    raise RequestError(
+                        f"{error} (on_bad_record='skip' leaves such records out and lists them.)"
+                    ) from None
+                refused.append(str(error))
+        if refused:
+            more = f"; {len(refused) - 3} more are in `refused`" if len(refused) > 3 else ""
+            rank_zero_warn(
+                f"{len(refused)} of {len(records)} records cannot be edited and are left out: "
+                + " ".join(refused[:3])
+                + more
+            )
+        return unique_ids(requests), refused
+
+    def _select(self, requests: list[EditRequest]) -> list[EditRequest]:
+        """The requests of this run: shuffled if there is a seed, from the offset on, as many as asked for."""
+        if self.seed is not None:
+            requests = list(requests)
+            random.Random(self.seed).shuffle(requests)
+        available = max(len(requests) - self.offset, 0)
+        wanted = available if self.n_edits is None else self.n_edits
+        if available == 0 or wanted > available:
+            after = f" after offset {self.offset}" if self.offset else ""
+            refused = f" ({len(self.refused)} records were left out)" if self.refused else ""
+            asked = "all" if self.n_edits is None else f"n_edits={self.n_edits}"
+            raise ValueError(
+                f"{asked} edits are asked for, but {self.path or self.embedded_file()} has {available} usable "
+                f"records{after}{refused}."
+            )
+        return requests[self.offset : self.offset + wanted]
+
+    def train_dataloader(self) -> EditLoader:
+        """The batches of this run, in order, each request once.
+
+        Raises:
+            RequestError: as `setup`, if it has not been called yet.
+            ValueError: likewise.
+        """
+        self.setup("fit")
+        trainer = self.trainer
+        if trainer is None:
+            return EditLoader(self.requests, self.batch_size)
+        # What Lightning's own loop goes by on resuming: this count leaves out a batch that failed, and includes the one
+        # after which a callback saves. A loader that counted for itself would be one off in one of the two.
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        return EditLoader(
+            self.requests,
+            self.batch_size,
+            lambda: progress.current.processed,  # type: ignore[attr-defined]  # declared as a base class without it
+        )
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Pass requests on as a list, since they hold no tensors, and move anything else as usual."""
+        if isinstance(batch, EditBatch):
+            return list(batch)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+def unique_ids(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Make identifiers differ: the second request called ``7`` becomes ``7#2``."""
+    taken = {request.case_id for request in requests}
+    seen: set[str] = set()
+    result = []
+    for request in requests:
+        case_id = request.case_id
+        if case_id in seen:
+            count = 2
+            while (case_id := f"{request.case_id}#{count}") in taken:
+                count += 1
+            taken.add(case_id)
+        seen.add(case_id)
+        result.append(request if case_id == request.case_id else replace(request, case_id=case_id))
+    return result

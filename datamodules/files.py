@@ -1,0 +1,210 @@
+"""Files of records: JSON, JSON Lines, CSV, the same compressed, and Hugging Face data sets, as plain dictionaries.
+
+Nothing here knows what an edit is. Each record comes with the words an error message uses to point at it
+(``facts.csv, line 3``), so that whoever reads its fields can say where a bad one stands.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_edit.requests import RequestError
+
+Record = Mapping[str, Any]
+Located = tuple[str, Record]
+
+HUB_PREFIX = "hf:"
+CELL_SEPARATOR = " | "
+
+
+def read_records(path: str | Path, list_columns: Collection[str] = ()) -> list[Located]:
+    """Read a file of records.
+
+    Args:
+        path: a ``.json`` file (a list of objects, or an object in which exactly one value is a list), a ``.jsonl``
+            file (one object a line, blank lines ignored) or a ``.csv`` file (comma-separated, first line the
+            column names), each also with ``.gz`` appended; UTF-8. Or ``hf:owner/name`` or ``hf:owner/name:split``
+            for a data set of the Hugging Face hub, or ``hf:folder`` for one that ``Dataset.save_to_disk`` wrote
+            (split ``train`` unless named; no code that comes with a data set is ever run).
+        list_columns: the CSV columns whose cells may hold several texts separated by ``" | "``; such a cell becomes
+            a list.
+
+    Returns:
+        For each record, in file order, the words that locate it and its fields. Records count from 1; JSON Lines
+        and CSV records are located by the line they start in. An empty CSV cell is ``None``.
+
+    Raises:
+        RequestError: if there is no such file, it is of another kind, is empty or broken, or a record is not an
+            object. The message is one line that names the file and the place in it.
+    """
+    if isinstance(path, str) and path.startswith(HUB_PREFIX):
+        return _read_hub(path)
+    file = Path(path).expanduser()
+    stem = file.name[: -len(".gz")] if file.name.endswith(".gz") else file.name
+    readers: dict[str, Callable[[str, str], list[Located]]] = {
+        ".json": _parse_json,
+        ".jsonl": _parse_jsonl,
+        ".csv": lambda text, name: _parse_csv(text, name, list_columns),
+    }
+    if not file.exists():
+        raise RequestError(f"{file}: there is no such file.")
+    if file.is_dir():
+        raise RequestError(f"{file}: is a folder; name a file in it.")
+    suffix = Path(stem).suffix.lower()
+    if suffix not in readers:
+        raise RequestError(f"{file}: is not a {', '.join(readers)} file (or one of these with .gz appended).")
+    text = _read_text(file)
+    if not text.strip():
+        raise RequestError(f"{file.name}: the file is empty.")
+    records = readers[suffix](text, file.name)
+    if not records:
+        raise RequestError(f"{file.name}: the file has no records.")
+    return records
+
+
+def _read_text(file: Path) -> str:
+    """The text of a file, unpacked; a byte-order mark, which spreadsheet programs write, is taken off."""
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RequestError(f"{file.name}: is not a readable gzip file ({error}).") from error
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be read ({error.strerror}).") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RequestError(f"{file.name}, line {line}: is not UTF-8 text.") from error
+
+
+def _object(value: Any, source: str) -> Record:
+    if not isinstance(value, dict):
+        raise RequestError(f"{source}: is {_kind(value)}, not an object with named fields.")
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _parse_json(text: str, name: str) -> list[Located]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            f"{name}, line {error.lineno}, column {error.colno}: is not valid JSON ({error.msg})."
+        ) from error
+    if isinstance(value, dict):
+        lists = {key: item for key, item in value.items() if isinstance(item, list)}
+        if len(lists) != 1:
+            found = f"{len(lists)} of its fields are lists" if lists else f"it has the fields {', '.join(value)}"
+            raise RequestError(
+                f"{name}: is an object, but not one with exactly one list of records in it ({found}); "
+                "put the records into one list."
+            )
+        value = next(iter(lists.values()))
+    if not isinstance(value, list):
+        raise RequestError(f"{name}: holds {_kind(value)} where a list of records is expected.")
+    sources = [f"{name}, record {number}" for number in range(1, len(value) + 1)]
+    return [(source, _object(record, source)) for source, record in zip(sources, value, strict=True)]
+
+
+def _parse_jsonl(text: str, name: str) -> list[Located]:
+    records = []
+    # Not `splitlines`: it also splits at characters such as U+2028, which are legal inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RequestError(
+                f"{name}, line {number}, column {error.colno}: is not valid JSON ({error.msg})."
+            ) from error
+        source = f"{name}, line {number}"
+        records.append((source, _object(value, source)))
+    return records
+
+
+def _parse_csv(text: str, name: str, list_columns: Collection[str]) -> list[Located]:
+    # `strict`: without it an unclosed quotation mark swallows the rest of the file into one cell.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    records: list[Located] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return records
+        except csv.Error as error:
+            raise RequestError(f"{name}, line {line}: is not valid CSV ({error}).") from error
+        if not any(cell.strip() for cell in row):
+            continue
+        if not header:
+            header = [cell.strip() for cell in row]
+            _check_header(header, f"{name}, line {line}")
+            continue
+        source = f"{name}, line {line}"
+        if len(row) != len(header):
+            raise RequestError(
+                f"{source}: has {len(row)} cells where the header names {len(header)} columns; "
+                "put a text with a comma in it into quotation marks."
+            )
+        records.append((source, {col: _cell(cell, col in list_columns) for col, cell in zip(header, row, strict=True)}))
+
+
+def _check_header(header: list[str], source: str) -> None:
+    if not all(header):
+        raise RequestError(f"{source}: column {header.index('') + 1} has no name.")
+    for position, column in enumerate(header):
+        if column in header[:position]:
+            raise RequestError(f"{source}: the column {column!r} is there twice.")
+
+
+def _cell(cell: str, may_be_list: bool) -> str | list[str] | None:
+    if not cell.strip():
+        return None
+    if may_be_list and CELL_SEPARATOR in cell:
+        return cell.split(CELL_SEPARATOR)
+    return cell
+
+
+def _read_hub(address: str) -> list[Located]:
+    """Records of a Hugging Face data set, from the hub or from a folder; never with code from the data set."""
+    import datasets  # takes a second to import, which a run on a plain file need not spend
+
+    name = address[len(HUB_PREFIX) :]
+    folder, split = Path(name).expanduser(), "train"
+    if not folder.is_dir() and ":" in name:
+        name, split = name.rsplit(":", 1)
+        folder = Path(name).expanduser()
+    if not name or not split:
+        raise RequestError(f"{address}: is not of the form hf:owner/name, hf:owner/name:split or hf:folder.")
+    try:
+        if folder.is_dir():
+            loaded = datasets.load_from_disk(str(folder))
+            data = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            # datasets 3 can still run a data set's own script, if it is let; datasets 4 cannot, and logs the argument
+            # as an error.
+            refuse_code = {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
+            data = datasets.load_dataset(name, split=split, **refuse_code)
+    except Exception as error:
+        # Several libraries take part (datasets, huggingface_hub, pyarrow, an HTTP client), without a common base
+        # class for their errors; whatever went wrong is passed on, with the address in front.
+        why = " ".join(str(error).split())
+        raise RequestError(f"{address}: cannot be loaded ({type(error).__name__}: {why}).") from error
+    if len(data) == 0:
+        raise RequestError(f"{address}: the data set has no records.")
+    source = f"{HUB_PREFIX}{name}:{split}"
+    return [(f"{source}, record {number}", dict(record)) for number, record in enumerate(data, start=1)]

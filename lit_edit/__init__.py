@@ -1,0 +1,1 @@
+"""Sequential knowledge editing of language models as ordinary PyTorch Lightning."""

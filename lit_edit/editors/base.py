@@ -1,0 +1,79 @@
+"""What an editor is: from edit requests to weight updates, in two halves as Lightning calls them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lit_edit.requests import EditRequest
+from lit_edit.updates import Update
+from lit_edit.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One update as it was applied to one layer's weight."""
+
+    layer: int
+    update: Update
+    relative_change: float  # ‖W_new − W‖_F / ‖W‖_F
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the gradient half found: per request the layers, the loss and p(target) reached, and the editor's own data."""
+
+    requests: list[EditRequest]
+    layers: list[tuple[int, ...]]
+    loss: list[float]
+    probability: list[float]
+    steps: list[int]
+    data: Any = field(default=None, repr=False)
+
+
+class Editor(ABC):
+    """Turns a batch of requests into weight updates.
+
+    `plan` is the gradient half (run by ``training_step``), `apply` the closed-form half (``on_train_batch_end``).
+    Between runs an editor holds only what `state_dict` returns.
+    """
+
+    @abstractmethod
+    def editable_layers(self, workspace: Workspace) -> list[int]:
+        """Every layer that edits may touch.
+
+        Raises:
+            ValueError: if a layer was asked for that the model does not have.
+        """
+
+    @property
+    @abstractmethod
+    def needs_covariances(self) -> bool:
+        """Whether key covariances of the editable layers must be in the workspace."""
+
+    @property
+    def context_sampling(self) -> tuple[int, int]:
+        """(number, length in tokens) of generated context prefixes; (0, 0) for none."""
+        return (0, 0)
+
+    def check(self, batch_size: int) -> None:
+        """Raises ValueError if batches of this size cannot be edited. Called before the first edit."""
+
+    @abstractmethod
+    def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
+        """The gradient half. Needs gradients enabled; does not change the model."""
+
+    @abstractmethod
+    def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
+        """The closed-form half: changes the model's weights in place and says how."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What later edits depend on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores `state_dict`'s result."""

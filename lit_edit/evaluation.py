@@ -1,0 +1,150 @@
+"""Scoring a model on edit requests: reliability, generalization and locality, by exact match."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_edit.metrics import TargetScores, target_scores
+from lit_edit.prompts import Prompter, Row
+from lit_edit.requests import EditRequest
+
+TOKENS_PER_BATCH = 4096
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices sorted by length, in groups whose padded size stays below `TOKENS_PER_BATCH`."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and (len(group) + 1) * lengths[i] > TOKENS_PER_BATCH:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def score_targets(model: nn.Module, prompter: Prompter, rows: Sequence[Row]) -> TargetScores:
+    """Scores the target of every row under teacher forcing, in the order given; tensors (rows,) on the CPU."""
+    device = next(model.parameters()).device
+    parts: list[tuple[list[int], TargetScores]] = []
+    for group in _batches([len(r.ids) for r in rows]):
+        batch = prompter.collate([rows[i] for i in group], device)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        parts.append((group, target_scores(logits, batch.labels)))
+    order = torch.tensor([i for group, _ in parts for i in group])
+    fields = (torch.cat([score[f].cpu() for _, score in parts]) for f in range(4))
+    return TargetScores(*(_in_order(values, order) for values in fields))
+
+
+def _in_order(values: Tensor, order: Tensor) -> Tensor:
+    out = torch.empty_like(values)
+    out[order] = values
+    return out
+
+
+@torch.no_grad()
+def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[list[int]]:
+    """Greedy continuations, at most so many tokens each; the end-of-text token ends one and is not included.
+
+    Padding is on the left here, whatever the tokenizer's setting, because every row continues at its end.
+    """
+    device = next(model.parameters()).device
+    rows = [prompter.row(p).ids for p in prompts]
+    out: list[list[int]] = [[] for _ in prompts]
+    eos = prompter.tokenizer.eos_token_id
+    for group in _batches([len(ids) + n for ids, n in zip(rows, max_new_tokens, strict=True)]):
+        longest = max(len(rows[i]) for i in group)
+        ids = torch.full((len(group), longest), prompter.pad_id)
+        mask = torch.zeros_like(ids)
+        for j, i in enumerate(group):
+            ids[j, longest - len(rows[i]) :] = torch.tensor(rows[i])
+            mask[j, longest - len(rows[i]) :] = 1
+        generated = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max(max_new_tokens[i] for i in group),
+            do_sample=False,
+            pad_token_id=prompter.pad_id,
+        )[:, longest:].cpu()
+        for j, i in enumerate(group):
+            tokens = generated[j].tolist()[: max_new_tokens[i]]
+            out[i] = tokens[: tokens.index(eos)] if eos in tokens else tokens
+    return out
+
+
+class LocalityReference:
+    """The unedited model's answers to locality probes: what "unchanged" is judged against.
+
+    The reference of a probe is the greedy continuation of its prompt, as long as the recorded answer (or the new
+    target, where the file records none). MOSE Eq. 27 compares with the model before the latest edit; the unedited one
+    is the stricter default of this project.
+    """
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[int]] = {}
+
+    def collect(self, model: nn.Module, prompter: Prompter, requests: Sequence[EditRequest]) -> None:
+        """Asks the unedited model every locality probe it has not been asked yet."""
+        length: dict[str, int] = {}
+        for request in requests:
+            for probe in request.probes_of("locality"):
+                wanted = probe.target or request.target_new
+                row = prompter.row(probe.prompt, wanted, source=request.source)
+                n = max(len(row.ids) - row.target_start, length.get(probe.prompt, 0))
+                if n > len(self.answers.get(probe.prompt, [])):
+                    length[probe.prompt] = n
+        prompts = list(length)
+        for prompt, answer in zip(
+            prompts, greedy(model, prompter, prompts, [length[p] for p in prompts]), strict=True
+        ):
+            self.answers[prompt] = answer
+
+    def row(self, prompter: Prompter, prompt: str) -> Row | None:
+        """The probe with its reference as target; None if the unedited model answered nothing (end of text at once)."""
+        ids = prompter.row(prompt).ids
+        answer = self.answers[prompt]
+        return Row((*ids, *answer), len(ids)) if answer else None
+
+
+def evaluate(
+    model: nn.Module, prompter: Prompter, requests: Sequence[EditRequest], reference: LocalityReference
+) -> dict[str, float]:
+    """Reliability, generalization, locality (and portability) over requests, each by exact match.
+
+    A probe counts 1 if every token of its target is the most likely one under teacher forcing, which for locality
+    means: the greedy answer is still the unedited model's. Probes are averaged within a request, then over the
+    requests that have any (MOSE Eq. 25-27).
+
+    Returns:
+        A figure per kind that occurs in the requests; ``reliability`` always.
+    """
+    rows: list[Row] = []
+    owners: list[tuple[str, int]] = []
+    for i, request in enumerate(requests):
+        rows.append(prompter.row(request.prompt, request.target_new, source=request.source))
+        owners.append(("reliability", i))
+        for probe in request.probes:
+            row: Row | None = None
+            if probe.kind == "generalization":
+                row = prompter.row(probe.prompt, probe.target or request.target_new, source=request.source)
+            elif probe.kind == "portability" and probe.target:
+                row = prompter.row(probe.prompt, probe.target, source=request.source)
+            elif probe.kind == "locality":
+                row = reference.row(prompter, probe.prompt)
+            if row is not None:
+                rows.append(row)
+                owners.append((probe.kind, i))
+    exact = score_targets(model, prompter, rows).exact.tolist()
+    per_request: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (kind, i), hit in zip(owners, exact, strict=True):
+        per_request[kind][i].append(float(hit))
+    return {
+        kind: sum(sum(hits) / len(hits) for hits in by_request.values()) / len(by_request)
+        for kind, by_request in per_request.items()
+    }

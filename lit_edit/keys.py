@@ -1,0 +1,61 @@
+"""Keys: the inputs of a down-projection at the subject's last token, averaged over contexts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_edit.requests import EditRequest
+from lit_edit.taps import read_inputs
+from lit_edit.workspace import Workspace
+
+
+class KeyAverage(ABC):
+    """How the keys of one request, one per context, become its key."""
+
+    @abstractmethod
+    def average(self, keys: Tensor) -> Tensor:
+        """(contexts, p), the bare prompt's key first, to (p,)."""
+
+
+class MeanKey(KeyAverage):
+    """The mean over contexts (ROME; MOSE Eq. 23)."""
+
+    def average(self, keys: Tensor) -> Tensor:
+        """(contexts, p) to (p,)."""
+        return keys.mean(0)
+
+
+class TypeMeanKey(KeyAverage):
+    """The mean of the means per type of context: the bare prompt weighs one half (MEMIT, AlphaEdit)."""
+
+    def average(self, keys: Tensor) -> Tensor:
+        """(contexts, p) to (p,)."""
+        return keys[0] if len(keys) == 1 else 0.5 * (keys[0] + keys[1:].mean(0))
+
+
+@torch.no_grad()
+def compute_keys(
+    workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: KeyAverage
+) -> dict[int, Tensor]:
+    """The keys of requests at several layers, in one forward pass.
+
+    Returns:
+        For each layer (p, n) in float32, a column per request.
+    """
+    per_request = [workspace.rewriting_rows(request) for request in requests]
+    rows = [row for rows in per_request for row in rows]
+    batch = workspace.prompter.collate(rows, workspace.device)
+    modules = {layer: workspace.architecture[layer].projection for layer in layers}
+    with read_inputs(modules) as seen:
+        workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    at = torch.arange(len(rows), device=workspace.device)
+    sizes = [len(rows) for rows in per_request]
+    keys = {}
+    for layer in layers:
+        found = seen[layer][at, batch.subject_last].float().split(sizes)
+        keys[layer] = torch.stack([average.average(k) for k in found], dim=1)
+    return keys

@@ -1,0 +1,167 @@
+"""Layer policies: which layers a request is edited in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_edit.architectures import Architecture
+from lit_edit.keys import KeyAverage, compute_keys
+from lit_edit.requests import EditRequest
+from lit_edit.values import ValueOptimizer, ValueProblem
+from lit_edit.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layers of one request, ascending, the one they are grouped around, and every candidate's score if any."""
+
+    layers: tuple[int, ...]
+    center: int
+    scores: dict[int, float]
+
+
+class LayerPolicy(ABC):
+    """Chooses the layers of each request of a batch."""
+
+    @abstractmethod
+    def candidates(self, architecture: Architecture) -> list[int]:
+        """Every layer that may be edited; statistics are gathered for these.
+
+        Raises:
+            ValueError: if a layer was asked for that the model does not have.
+        """
+
+    @abstractmethod
+    def choose(
+        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+    ) -> list[Choice]:
+        """A choice per request. May run value optimisations; needs gradients enabled."""
+
+
+class FixedLayers(LayerPolicy):
+    """Always the same layers, as ROME (one) and MEMIT or AlphaEdit (several) do.
+
+    Args:
+        layers: indices, from 0.
+    """
+
+    def __init__(self, layers: list[int]) -> None:
+        if not layers or sorted(set(layers)) != sorted(layers):
+            raise ValueError(f"Fixed layers must be distinct and at least one, not {layers}.")
+        self.layers = tuple(sorted(layers))
+
+    def candidates(self, architecture: Architecture) -> list[int]:
+        """The layers themselves."""
+        architecture.check(list(self.layers))
+        return list(self.layers)
+
+    def choose(
+        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+    ) -> list[Choice]:
+        """The same for every request."""
+        return [Choice(self.layers, self.layers[-1], {}) for _ in requests]
+
+
+class ActivationSelection(LayerPolicy):
+    """MOSE's selection by activation (Eq. 21, 22), with the neighbours of the chosen layer.
+
+    ``l* = argmin_l ‖V^l − W^l K^l‖ / (‖W^l‖₂ · ‖k^l‖₂)``: the layer whose output has to change least, relative to how
+    strongly it reacts to the request. The paper divides by the vector ``σ(x W_fc)``, which gives no single number; its
+    norm, which Eq. 21 uses, is taken. ``V`` of every candidate comes from one batched optimisation.
+
+    On the sphere of norm-matched values a layer may hold no value that gives the new answer, and the score, which looks
+    at the size of the change alone, does not see it. ``reach`` therefore compares only the candidates that got nearest
+    to the answer; ``reach: null`` is the paper's rule to the letter.
+
+    Args:
+        layers: the candidates; all layers of the model if None.
+        neighbours: how many layers on either side of the chosen one are edited as well (the paper: 1); 0 for none.
+        steps: of the candidates' optimisation.
+        contexts: how many of the workspace's contexts it uses, the bare prompt first.
+        reach: candidates whose final loss exceeds the lowest by more than this are passed over; None passes over none.
+    """
+
+    def __init__(
+        self,
+        layers: list[int] | None = None,
+        neighbours: int = 1,
+        steps: int = 20,
+        contexts: int = 1,
+        reach: float | None = None,
+    ) -> None:
+        if neighbours < 0 or steps < 1 or contexts < 1:
+            raise ValueError("Layer selection needs neighbours >= 0, steps >= 1 and contexts >= 1.")
+        if reach is not None and reach < 0:
+            raise ValueError(f"`reach` is a difference of losses and cannot be negative ({reach}).")
+        self.layers, self.neighbours, self.steps, self.contexts, self.reach = layers, neighbours, steps, contexts, reach
+        self._spectral: dict[int, tuple[int, float]] = {}
+
+    def candidates(self, architecture: Architecture) -> list[int]:
+        """The candidates and their neighbours."""
+        centers = self._centers(architecture)
+        return sorted({layer for c in centers for layer in self._around(c, len(architecture))})
+
+    def choose(
+        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+    ) -> list[Choice]:
+        """Scores every candidate for every request and takes the best with its neighbours."""
+        architecture = workspace.architecture
+        centers = self._centers(architecture)
+        problems = [ValueProblem(i, (layer,)) for i in range(len(requests)) for layer in centers]
+        contexts = workspace.contexts[: self.contexts]
+        found = values.optimise(workspace, requests, problems, average, steps=self.steps, contexts=contexts)
+        keys = compute_keys(workspace, requests, centers, average)
+        choices = []
+        for i in range(len(requests)):
+            mine = [(p.layers[0], t, loss) for p, t, loss in zip(problems, found.targets, found.loss, strict=True) if p.request == i]
+            scores = {
+                layer: selection_score(
+                    architecture[layer].weight.float(),
+                    keys[layer][:, i],
+                    target[layer],
+                    self._spectral_norm(architecture, layer),
+                )
+                for layer, target, _ in mine
+            }
+            lowest = min(loss for _, _, loss in mine)
+            allowed = [layer for layer, _, loss in mine if self.reach is None or loss <= lowest + self.reach]
+            center = min(allowed, key=lambda layer: scores[layer])
+            choices.append(Choice(self._around(center, len(architecture)), center, scores))
+        return choices
+
+    def _centers(self, architecture: Architecture) -> list[int]:
+        if self.layers is None:
+            return list(range(len(architecture)))
+        architecture.check(self.layers)
+        return sorted(set(self.layers))
+
+    def _around(self, center: int, n: int) -> tuple[int, ...]:
+        return tuple(range(max(0, center - self.neighbours), min(n, center + self.neighbours + 1)))
+
+    def _spectral_norm(self, architecture: Architecture, layer: int) -> float:
+        """‖W‖₂, computed anew only after the weight was written to."""
+        weight = architecture[layer].projection.weight
+        version = weight._version
+        known = self._spectral.get(layer)
+        if known is None or known[0] != version:
+            known = (version, float(torch.linalg.matrix_norm(architecture[layer].weight.float(), 2)))
+            self._spectral[layer] = known
+        return known[1]
+
+
+def selection_score(weight: Tensor, key: Tensor, target: Tensor, spectral_norm: float | None = None) -> float:
+    """MOSE Eq. 22 for one request and layer: ``‖v − W k‖ / (‖W‖₂ ‖k‖₂)``.
+
+    Args:
+        weight: (d, p).
+        key: (p,).
+        target: (d,).
+        spectral_norm: of the weight, if known.
+    """
+    norm = float(torch.linalg.matrix_norm(weight, 2)) if spectral_norm is None else spectral_norm
+    return float((target - weight @ key).norm() / (norm * key.norm()))

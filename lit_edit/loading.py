@@ -1,0 +1,77 @@
+"""Loading models, tokenizers and corpora, with errors that say what to do."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+EMBEDDED = "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadingError(ValueError):
+    """A model or corpus that cannot be loaded."""
+
+
+def embedded_path(*parts: str) -> Path:
+    """A file or folder of the embedded world, as a path."""
+    with as_file(files("lit_edit.world").joinpath(*parts)) as path:
+        return path
+
+
+def load_model(name: str = EMBEDDED, dtype: str = "float32", device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: ``embedded`` for the model in the package, a folder, or a name on the Hugging Face hub. Code from a model's
+            repository is never run.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: where to put it.
+
+    Raises:
+        LoadingError: if there is no such model, or it is no causal language model.
+    """
+    if dtype not in DTYPES:
+        raise LoadingError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    where = str(embedded_path("model")) if name == EMBEDDED else name
+    looks_like_path = name != EMBEDDED and (name.startswith((".", "/", "~")) or Path(name).exists())
+    if looks_like_path and not (Path(where).expanduser() / "config.json").is_file():
+        raise LoadingError(f"{name}: no model there (a folder with config.json, weights and tokenizer is needed).")
+    bars = transformers_logging.is_progress_bar_enabled()
+    if name == EMBEDDED:
+        transformers_logging.disable_progress_bar()  # the embedded model loads at once
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoadingError(f"The model {name!r} cannot be loaded: {first}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    return model.to(device), tokenizer
+
+
+def load_corpus(name: str = EMBEDDED) -> list[str]:
+    """The texts over which key covariances are taken: the embedded text, or a text file with a text per paragraph.
+
+    Args:
+        name: ``embedded`` or the path of a UTF-8 text file; lines are texts, empty ones are skipped.
+
+    Raises:
+        LoadingError: if there is no such file or it holds no text.
+    """
+    path = embedded_path("data", "text.txt") if name == EMBEDDED else Path(name).expanduser()
+    try:
+        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadingError(f"The corpus {name!r} cannot be read: {error}") from error
+    if not texts:
+        raise LoadingError(f"The corpus {name!r} holds no text.")
+    return texts

@@ -1,0 +1,190 @@
+"""`LitEdit`: sequential editing as a LightningModule. Hooks only; the maths lives in editors and their parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lit_edit.editors import Editor, Plan
+from lit_edit.journal import Edit, Journal
+from lit_edit.loading import EMBEDDED, load_corpus, load_model
+from lit_edit.requests import EditRequest
+from lit_edit.session import EditSession
+
+CHECKPOINT_KEY = "lit_edit"
+
+
+class LitEdit(L.LightningModule):
+    """Applies a stream of edit requests to a language model, batch after batch.
+
+    ``training_step`` computes v* by gradient optimisation, ``on_train_batch_end`` applies the closed-form update.
+    Callbacks see the edit count as `edits_applied` and the requests so far as `edited_requests`. A checkpoint holds the
+    edited weights and the editor's state, not the rest of the model.
+
+    Args:
+        editor: the method.
+        model: ``embedded``, a folder or a hub name; or a loaded model, together with its ``tokenizer``.
+        tokenizer: of a loaded model.
+        dtype: in which a named model is loaded.
+        corpus: ``embedded`` or a text file, for the key covariances.
+        corpus_tokens: at most so many of its tokens.
+        cache_dir: where covariances are kept; the user's cache folder if None.
+        seed: of the sampled contexts.
+
+    Raises:
+        ValueError: if a loaded model comes without its tokenizer.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        model: str | nn.Module = EMBEDDED,
+        tokenizer: Any = None,
+        dtype: str = "float32",
+        corpus: str = EMBEDDED,
+        corpus_tokens: int = 50_000,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.editor = editor
+        self.model_name = model if isinstance(model, str) else type(model).__name__
+        if isinstance(model, str):
+            self.model, self.tokenizer = load_model(model, dtype)
+        else:
+            if tokenizer is None:
+                raise ValueError("A loaded model needs its tokenizer: LitEdit(editor, model, tokenizer=...).")
+            self.model, self.tokenizer = model, tokenizer
+        self.model.eval().requires_grad_(False)
+        self.corpus, self.corpus_tokens, self.cache_dir, self.context_seed = corpus, corpus_tokens, cache_dir, seed
+        self.session: EditSession | None = None
+        self.last_edits: list[Edit] = []
+        self._pending: Plan | None = None
+
+    @property
+    def journal(self) -> Journal:
+        """Every edit applied so far."""
+        return self.session.journal if self.session is not None else Journal()
+
+    @property
+    def edits_applied(self) -> int:
+        """How many edits the weights have seen: the step of every figure that is logged."""
+        return len(self.journal)
+
+    @property
+    def edited_requests(self) -> list[EditRequest]:
+        """The requests applied so far, in order."""
+        return self.journal.requests
+
+    def edited_parameters(self) -> dict[str, Tensor]:
+        """The matrices that edits may touch, by name; for callbacks that watch them."""
+        if self.session is None:
+            raise RuntimeError("The editable weights are known once a fit has been set up.")
+        return self.session.edited_weights()
+
+    def _requests(self) -> list[EditRequest]:
+        """All requests of the run, where the data module offers them."""
+        return list(getattr(getattr(self.trainer, "datamodule", None), "requests", []))
+
+    def setup(self, stage: str) -> None:
+        """Prepares contexts and statistics on the unedited model and checks every request."""
+        if stage != "fit" or self.session is not None:
+            return
+        device = self.trainer.strategy.root_device
+        self.model.to(device)
+        self.session = EditSession(
+            self.model,
+            self.tokenizer,
+            self.editor,
+            corpus=load_corpus(self.corpus),
+            corpus_name=self.corpus,
+            corpus_tokens=self.corpus_tokens,
+            cache_dir=self.cache_dir,
+            seed=self.context_seed,
+            progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
+        )
+        requests = self._requests()
+        if requests:
+            self.session.check(requests, getattr(self.trainer.datamodule, "batch_size", 1))  # type: ignore[attr-defined]
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """None: the values' own Adam lives and ends within a training step."""
+        return []
+
+    def on_train_start(self) -> None:
+        """Dropout off: `fit` would leave it on."""
+        self.model.eval()
+
+    def _session(self) -> EditSession:
+        if self.session is None:
+            raise RuntimeError("LitEdit is set up by Trainer.fit; outside it, use lit_edit.edit.")
+        return self.session
+
+    def training_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        """The gradient half: optimises v* of the batch's requests."""
+        self._pending = self._session().plan(batch)
+
+    def on_train_batch_end(self, outputs: Any, batch: list[EditRequest], batch_idx: int) -> None:
+        """The closed-form half: applies the update."""
+        self._apply_pending()
+
+    @torch.no_grad()
+    def _apply_pending(self) -> None:
+        if self._pending is None:
+            return
+        plan, self._pending = self._pending, None
+        self.last_edits = self._session().apply(plan)
+        n = len(self.last_edits)
+        figures = {
+            "train/loss": sum(e.loss for e in self.last_edits) / n,
+            "train/p_value": sum(e.p_value for e in self.last_edits) / n,
+            "train/p_target": sum(e.p_target for e in self.last_edits) / n,
+            "train/relative_change": sum(max(e.change.values()) for e in self.last_edits) / n,
+            "train/middle_layer": sum(e.layers[len(e.layers) // 2] for e in self.last_edits) / n,
+            "train/seconds_per_edit": self.last_edits[-1].seconds,
+        }
+        if self.trainer.is_global_zero:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(figures, step=self.edits_applied)
+
+    @property
+    def strict_loading(self) -> bool:
+        """False: a checkpoint holds the edited weights only."""
+        return False
+
+    @strict_loading.setter
+    def strict_loading(self, value: bool) -> None:
+        raise AttributeError("LitEdit checkpoints hold edited weights only and are never loaded strictly.")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the edited weights and the editor's state.
+
+        A callback may save between the two halves of a batch. Lightning counts that batch as done, so its update is
+        applied first; otherwise a resumed run would lack one edit.
+        """
+        session = self._session()
+        self._apply_pending()
+        checkpoint["state_dict"] = {f"model.{name}": w.cpu() for name, w in session.edited_weights().items()}
+        checkpoint[CHECKPOINT_KEY] = {
+            "editor": {name: tensor.cpu() for name, tensor in self.editor.state_dict().items()},
+            "contexts": list(session.workspace.contexts),
+            "journal": session.journal.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what `on_save_checkpoint` kept."""
+        session, state = self._session(), checkpoint[CHECKPOINT_KEY]
+        device = session.workspace.device
+        self.editor.load_state_dict({name: tensor.to(device) for name, tensor in state["editor"].items()})
+        session.workspace.contexts = list(state["contexts"])
+        session.journal.load_state_dict(state["journal"], self._requests())
+
+    def export(self, folder: str | Path) -> None:
+        """Writes the edited model and its tokenizer as `transformers` loads them."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)

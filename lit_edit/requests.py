@@ -1,0 +1,86 @@
+"""What flows through an editing run: a fact to write (`EditRequest`) and the questions that judge it (`Probe`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+ProbeKind = Literal["generalization", "locality", "portability", "generation", "instance"]
+
+
+class RequestError(ValueError):
+    """A record that cannot be edited; the message names the file, the record and the field."""
+
+
+def _refuse(source: str, field: str, why: str) -> RequestError:
+    return RequestError(f"{source or 'request'}, field '{field}': {why}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question put to the model to judge an edit.
+
+    Args:
+        kind: ``generalization`` (a rephrasing: the new target is wanted), ``locality`` (out of scope: the output of the
+            unedited model is wanted), ``portability`` (a consequence of the edit: ``target`` is wanted), ``generation``
+            (an open prompt for free text, not scored by default) or ``instance`` (ConceptEdit's yes/no question).
+        prompt: the complete text that the model continues.
+        target: the recorded answer. For locality it is the true object, which the `probability` definition compares
+            with the new target; exact match is taken against the unedited model instead.
+        name: the sub-group within a kind, where a data set has several (``neighborhood``, ``Relation_Specificity``).
+    """
+
+    kind: ProbeKind
+    prompt: str
+    target: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ProbeKind):
+            raise ValueError(f"Probe kind {self.kind!r} is not one of {', '.join(get_args(ProbeKind))}.")
+        if not self.prompt.strip():
+            raise ValueError(f"A {self.kind} probe has an empty prompt.")
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to write into the model: under ``prompt`` it should answer ``target_new``.
+
+    Args:
+        case_id: identifies the request within its file.
+        prompt: the complete edit prompt; contains ``subject``. The target follows it after one space.
+        subject: the words whose last token is edited.
+        target_new: the answer wanted, without surrounding white space.
+        target_true: the answer the unedited model is believed to give, if the file says.
+        relation: a relation identifier, if the file says.
+        probes: the questions that judge the edit besides ``prompt`` itself.
+        source: where it came from, as an error message should name it (``facts.csv, record 3``).
+
+    Raises:
+        RequestError: if the prompt, subject or target is empty, or the subject does not occur in the prompt.
+    """
+
+    case_id: str
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+    relation: str | None = None
+    probes: tuple[Probe, ...] = ()
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("prompt", "subject", "target_new"):
+            if not getattr(self, field).strip():
+                raise _refuse(self.source, field, "is empty.")
+        if self.subject not in self.prompt:
+            raise _refuse(
+                self.source,
+                "subject",
+                f"{self.subject!r} does not occur in the prompt {self.prompt!r}; write the prompt with the subject in "
+                "it, or with {} where the subject belongs.",
+            )
+
+    def probes_of(self, kind: ProbeKind) -> tuple[Probe, ...]:
+        """The probes of one kind, in file order."""
+        return tuple(p for p in self.probes if p.kind == kind)

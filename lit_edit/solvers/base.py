@@ -1,0 +1,151 @@
+"""What a solver sees of a layer (`Problem`) and what every solver is (`Solver`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_edit.updates import Update
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One batch of edits in one layer: find a change of ``weight`` under which ``keys`` give ``targets``.
+
+    All tensors but the covariance are kept detached, in float64 and on the weight's device. The covariance is kept as
+    given, because all problems of a layer share it and solvers recognise it by identity.
+
+    Args:
+        weight: ``W (d, p)``, the projection to edit.
+        keys: ``K (p, n)``, the inputs of the projection at the edited tokens, one column per request; ``n`` ≥ 1.
+        targets: ``V (d, n)``, the outputs wanted for them.
+        covariance: ``C = E[k kᵀ] (p, p)``, mean over the tokens of a corpus; ``None`` for solvers without one.
+        memory: ``(p, m)``, the keys of past edits in this layer, or ``None`` if there are none.
+        layer: the name of the layer, for messages and for what a solver keeps per layer.
+
+    Raises:
+        ValueError: if a shape does not fit or a value is not finite; the message names the tensor and the layer.
+    """
+
+    weight: Tensor
+    keys: Tensor
+    targets: Tensor
+    covariance: Tensor | None = None
+    memory: Tensor | None = None
+    layer: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "keys", "targets", "covariance", "memory"):
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.ndim != 2:
+                raise ValueError(f"{self._where}: {name} must be a matrix, got shape {tuple(tensor.shape)}.")
+            if not torch.isfinite(tensor.detach().sum(dtype=torch.float64)):
+                raise ValueError(
+                    f"{self._where}: {name} of shape {tuple(tensor.shape)} holds values that are not finite."
+                )
+            if name != "covariance":
+                held = tensor.detach().to(device=self.weight.device, dtype=torch.float64)
+                object.__setattr__(self, name, held)
+        (d, p), n = self.weight.shape, self.keys.shape[1]
+        if n == 0:
+            raise ValueError(f"{self._where}: there are no keys to edit.")
+        self._expect("keys", self.keys, (p, n))
+        self._expect("targets", self.targets, (d, n))
+        if self.covariance is not None:
+            self._expect("covariance", self.covariance, (p, p))
+        if self.memory is not None:
+            self._expect("memory", self.memory, (p, self.memory.shape[1]))
+
+    @property
+    def _where(self) -> str:
+        return f"Layer {self.layer!r}" if self.layer else "Edit problem"
+
+    def _expect(self, name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{self._where}: {name} must have shape {shape} for a weight of shape {tuple(self.weight.shape)} "
+                f"and {self.keys.shape[1]} keys, got {tuple(tensor.shape)}."
+            )
+
+    @property
+    def residual(self) -> Tensor:
+        """``R = V − W K``, ``(d, n)`` in float64: what the edit has to add to the outputs."""
+        return self.targets - self.weight @ self.keys
+
+
+def preserved_gram(covariance: Tensor, memory: Tensor, preservation: float) -> Tensor:
+    """``λ C + M Mᵀ``: the Gram matrix of all that an edit should leave alone.
+
+    Args:
+        covariance: ``C (p, p)``, a mean over tokens.
+        memory: ``M (p, m)``, keys of past edits; ``m`` may be 0.
+        preservation: ``λ``, how many tokens' worth of the mean weighs against one edited key.
+
+    Returns:
+        ``(p, p)`` in float64, on the memory's device.
+    """
+    covariance = covariance.detach().to(device=memory.device, dtype=torch.float64)
+    return torch.addmm(covariance, memory, memory.T, beta=preservation)
+
+
+class Solver(ABC):
+    """A closed form from keys and targets to an update of the weight.
+
+    Args:
+        memory: whether the keys of past edits count as preserved knowledge too.
+
+    Attributes:
+        needs_covariance: whether a problem must come with the key covariance of its layer.
+        use_memory: the ``memory`` argument.
+    """
+
+    needs_covariance: bool = True
+
+    def __init__(self, memory: bool) -> None:
+        self.use_memory = memory
+
+    @abstractmethod
+    def solve(self, problem: Problem) -> Update:
+        """The update for one problem; the problem's weight is left as it is.
+
+        Raises:
+            ValueError: if the problem lacks what the solver needs or has no solution.
+        """
+
+    def check_batch_size(self, batch_size: int) -> None:  # noqa: B027 - most solvers take any
+        """Raises ValueError if batches of this size cannot be solved; asked before the first edit."""
+
+    def remembered(self, problem: Problem) -> Tensor:
+        """Keys of past edits to preserve, ``(p, m)``; ``m`` is 0 when there are none or the memory is off."""
+        if self.use_memory and problem.memory is not None:
+            return problem.memory
+        return problem.keys[:, :0]
+
+    def covariance(self, problem: Problem) -> Tensor:
+        """The key covariance ``(p, p)`` of the problem, exactly the tensor it was given.
+
+        Raises:
+            ValueError: if the problem has none.
+        """
+        if problem.covariance is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the key covariance of layer {problem.layer!r}; collect it with "
+                "lit_edit.statistics.covariances."
+            )
+        return problem.covariance
+
+
+def check_positive(value: float, name: str) -> float:
+    """Return ``value`` if it is positive and finite.
+
+    Raises:
+        ValueError: otherwise, naming ``name``.
+    """
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+    return float(value)

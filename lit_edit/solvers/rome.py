@@ -1,0 +1,60 @@
+"""ROME: one fact, written exactly, with the least change to everything else."""
+
+from __future__ import annotations
+
+import torch
+
+from lit_edit.linalg import solve_spd
+from lit_edit.solvers.base import Problem, Solver, check_positive, preserved_gram
+from lit_edit.updates import LowRank
+
+
+class ROME(Solver):
+    r"""Rank-one edit with an equality constraint (ROME, Meng et al. 2022, Eq. 2).
+
+    .. math:: ΔW = \frac{(v - W k)\, u^\top}{u^\top k}, \qquad u = G^{-1} k, \qquad G = λ C + M M^\top
+
+    Of all changes with ``(W + ΔW) k = v`` it has the least ``tr(ΔW G ΔWᵀ)``.
+
+    Args:
+        covariance: use the key covariance ``C``, as the paper does. ``False`` takes ``C = I``, as some toolkits do; no
+            statistics are then needed.
+        memory: add the keys of past edits, ``M``, to the preserved set; the paper has none.
+        preservation: ``λ``, the weight of ``C`` against the memory, in tokens. Without memory it cancels.
+
+    Raises:
+        ValueError: if ``preservation`` is not positive.
+    """
+
+    def __init__(self, covariance: bool = True, memory: bool = False, preservation: float = 1.0) -> None:
+        super().__init__(memory)
+        self.needs_covariance = covariance
+        self.preservation = check_positive(preservation, "ROME's preservation")
+
+    @torch.no_grad()
+    def solve(self, problem: Problem) -> LowRank:
+        """The rank-one update for a single key.
+
+        Raises:
+            ValueError: if there are several keys, the key is zero or the covariance is missing.
+            NotPositiveDefiniteError: if the preserved Gram matrix is singular.
+        """
+        key = problem.keys
+        if key.shape[1] != 1:
+            raise ValueError(
+                f"ROME writes one fact at a time and got {key.shape[1]} in a batch: set batch_size to 1, or use EMMET "
+                "or MEMIT."
+            )
+        if not key.any():
+            raise ValueError(
+                f"The key of layer {problem.layer!r} is zero: no change of the weight can move its output."
+            )
+        memory = self.remembered(problem)
+        if self.needs_covariance:
+            u = solve_spd(preserved_gram(self.covariance(problem), memory, self.preservation), key)
+        elif memory.shape[1]:
+            identity = torch.eye(len(key), dtype=torch.float64, device=key.device)
+            u = solve_spd(preserved_gram(identity, memory, self.preservation), key)
+        else:
+            u = key
+        return LowRank(left=problem.residual / (u.T @ key), right=u.T)

@@ -1,0 +1,233 @@
+"""Changes to a weight: what a solver returns, what is applied, undone and stored.
+
+Every update acts on a weight in canonical orientation ``(d, p)`` = (d_out, d_in). Pass a transposed view where a module
+stores the transpose: updates write through views.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lit_edit.linalg import orthogonality_error
+
+_ORTHOGONALITY_TOLERANCE = 1e-8
+_UpdateT = TypeVar("_UpdateT", bound="Update")
+
+
+class Update(ABC):
+    """A change to one weight, held as a few float64 tensors.
+
+    A kind of update is a frozen dataclass of tensors; the names of its fields identify it in a file.
+    """
+
+    @abstractmethod
+    def delta(self, weight: Tensor) -> Tensor:
+        """The dense change this update makes to ``weight (d, p)``, before rounding: ``(d, p)`` in float64.
+
+        Raises:
+            ValueError: if the update does not fit the weight's shape.
+        """
+
+    @abstractmethod
+    def _inverse_delta(self, weight: Tensor) -> Tensor:
+        """The dense change that takes the edited ``weight`` back, ``(d, p)`` in float64."""
+
+    @property
+    @abstractmethod
+    def norm(self) -> float:
+        """Frobenius norm of the change: ``‖ΔW‖_F``, or ``‖Q − I‖_F`` for a rotation, which knows no weight."""
+
+    def apply_(self, weight: Tensor) -> None:
+        """Change ``weight (d, p)`` in place: computed in float64, rounded once to the weight's dtype.
+
+        Raises:
+            ValueError: if the update does not fit the weight's shape or the result is not finite in the weight's dtype.
+                The weight is then unchanged.
+        """
+        self._add_(weight, self.delta(weight))
+
+    def undo_(self, weight: Tensor) -> None:
+        """Take back :meth:`apply_`, exact up to the rounding of the weight's dtype.
+
+        Raises:
+            ValueError: as :meth:`apply_`.
+        """
+        self._add_(weight, self._inverse_delta(weight))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The update as named tensors and nothing else, for a safetensors file or a checkpoint."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_state_dict(cls: type[_UpdateT], state: Mapping[str, Tensor]) -> _UpdateT:
+        """Rebuild an update from :meth:`state_dict`.
+
+        Called on :class:`Update` itself it finds the kind from the names of the tensors.
+
+        Raises:
+            ValueError: if the names belong to no kind of update, or not to this one.
+        """
+        kinds = [kind for kind in (cls, *cls.__subclasses__()) if kind is not Update]
+        names = {kind: {field.name for field in fields(kind)} for kind in kinds}  # type: ignore[arg-type]
+        for kind in kinds:
+            if names[kind] == set(state):
+                return kind(**state)
+        known = "; ".join(f"{kind.__name__}: {', '.join(sorted(names[kind]))}" for kind in kinds)
+        raise ValueError(f"No update has the tensors {', '.join(sorted(state)) or '(none)'}. Known are {known}.")
+
+    @torch.no_grad()
+    def _add_(self, weight: Tensor, delta: Tensor) -> None:
+        rounded = (weight.detach().to(torch.float64) + delta).to(weight.dtype)
+        if not torch.isfinite(rounded).all():
+            raise ValueError(
+                f"{type(self).__name__} of norm {self.norm:.3g} takes the weight of shape {tuple(weight.shape)} out of "
+                f"the range of {weight.dtype}."
+            )
+        weight.detach().copy_(rounded)
+
+    def _hold(self, name: str, kind: str) -> Tensor:
+        """Check a field and keep a contiguous float64 copy: a record of an edit that later changes elsewhere leave."""
+        tensor = getattr(self, name)
+        if tensor.ndim != 2:
+            raise ValueError(f"{kind} must be a matrix, got shape {tuple(tensor.shape)}.")
+        tensor = tensor.detach().to(torch.float64).clone(memory_format=torch.contiguous_format)
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{kind} of shape {tuple(tensor.shape)} holds values that are not finite.")
+        object.__setattr__(self, name, tensor)
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Update):
+    """``W ← W + left @ right``.
+
+    Args:
+        left: ``(d, n)``.
+        right: ``(n, p)``.
+
+    Raises:
+        ValueError: if the factors do not fit together or are not finite.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        left, right = self._hold("left", "The left factor"), self._hold("right", "The right factor")
+        if left.shape[1] != right.shape[0]:
+            raise ValueError(
+                f"The factors of a low-rank update do not fit: left {tuple(left.shape)}, right {tuple(right.shape)}."
+            )
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """``left @ right``, ``(d, p)``."""
+        shape = (self.left.shape[0], self.right.shape[1])
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"A low-rank update of shape {shape} does not fit a weight of shape {tuple(weight.shape)}."
+            )
+        return self.left.to(weight.device) @ self.right.to(weight.device)
+
+    def _inverse_delta(self, weight: Tensor) -> Tensor:
+        return -self.delta(weight)
+
+    @property
+    def norm(self) -> float:
+        """``‖left @ right‖_F``, without forming the product."""
+        # ‖L R‖_F = ‖L Tᵀ‖_F with Rᵀ = Q T. The Gram matrices of L and R would lose half the digits where terms cancel.
+        triangle = torch.linalg.qr(self.right.T, mode="r").R
+        return float(torch.linalg.vector_norm(self.left @ triangle.T))
+
+
+@dataclass(frozen=True, eq=False)
+class Additive(Update):
+    """``W ← W + change``, with a dense change.
+
+    Args:
+        change: ``(d, p)``.
+
+    Raises:
+        ValueError: if the change is not a finite matrix.
+    """
+
+    change: Tensor
+
+    def __post_init__(self) -> None:
+        self._hold("change", "The change")
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """``change``, ``(d, p)``."""
+        if weight.shape != self.change.shape:
+            raise ValueError(
+                f"An additive update of shape {tuple(self.change.shape)} does not fit a weight of shape "
+                f"{tuple(weight.shape)}."
+            )
+        return self.change.to(weight.device)
+
+    def _inverse_delta(self, weight: Tensor) -> Tensor:
+        return -self.delta(weight)
+
+    @property
+    def norm(self) -> float:
+        """``‖change‖_F``."""
+        return float(torch.linalg.vector_norm(self.change))
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation(Update):
+    """``W ← Q W`` with an orthogonal ``Q``: the singular values of ``W`` stay as they are.
+
+    They stay to the rounding of the weight's dtype, which adds up over a sequence of edits. In float32 each drifts by
+    about 2e-7 of the largest over a thousand edits, so the relative drift of the smallest, and of the condition number,
+    is larger the worse the weight is conditioned. bfloat16 rounds by 4e-3 every time: keep edited weights in float32.
+
+    Args:
+        q: ``(d, d)``, orthogonal to 1e-8.
+
+    Raises:
+        ValueError: if ``q`` is not square, finite and orthogonal.
+    """
+
+    q: Tensor
+
+    def __post_init__(self) -> None:
+        q = self._hold("q", "A rotation")
+        if q.shape[0] != q.shape[1]:
+            raise ValueError(f"A rotation must be square, got shape {tuple(q.shape)}.")
+        error = orthogonality_error(q)
+        if error > _ORTHOGONALITY_TOLERANCE:
+            raise ValueError(
+                f"The {q.shape[0]}x{q.shape[1]} matrix of a rotation is not orthogonal: QᵀQ departs from the identity "
+                f"by {error:.1e} (at most {_ORTHOGONALITY_TOLERANCE:.0e} is accepted). Compute it in float64."
+            )
+
+    def _check(self, weight: Tensor) -> None:
+        if weight.ndim != 2 or weight.shape[0] != self.q.shape[0]:
+            raise ValueError(
+                f"A rotation of size {self.q.shape[0]} does not fit a weight of shape {tuple(weight.shape)}; the "
+                "first dimension must be the output's."
+            )
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """``Q W − W``, ``(d, p)``."""
+        self._check(weight)
+        weight = weight.detach().to(torch.float64)
+        return self.q.to(weight.device) @ weight - weight
+
+    def _inverse_delta(self, weight: Tensor) -> Tensor:
+        self._check(weight)
+        weight = weight.detach().to(torch.float64)
+        return self.q.T.to(weight.device) @ weight - weight
+
+    @property
+    def norm(self) -> float:
+        """``‖Q − I‖_F``; ``2 √d`` at most."""
+        turned = self.q.clone()
+        turned.diagonal().sub_(1.0)
+        return float(torch.linalg.vector_norm(turned))

@@ -1,0 +1,63 @@
+"""Everything an editor works with, bound to one model: architecture, tokenisation, contexts, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_edit.architectures import Architecture
+from lit_edit.prompts import Prompter, Row, in_context
+from lit_edit.requests import EditRequest
+
+KL_PROMPT = "{} is a"
+
+
+@dataclass
+class Workspace:
+    """One model and what has been prepared for editing it.
+
+    ``contexts`` are templates with one ``{}`` for the prompt, the bare ``{}`` first; they are part of an edit's
+    definition. ``covariances`` maps a layer to C = E[k kᵀ] (p, p), for the layers where it was asked for.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    architecture: Architecture
+    prompter: Prompter
+    contexts: list[str]
+    covariances: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any, contexts: Sequence[str] = ("{}",)) -> Workspace:
+        """Binds a model and its tokenizer."""
+        limit = getattr(model.config, "max_position_embeddings", None)
+        return cls(
+            model, tokenizer, Architecture(model), Prompter(tokenizer, int(limit or 1_000_000)), list(contexts)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.architecture.device
+
+    def rewriting_rows(self, request: EditRequest, contexts: Sequence[str] | None = None) -> list[Row]:
+        """The edit prompt and its target within every context, the subject located behind the context.
+
+        A context that would make the text longer than the model takes is left out for this request; the bare prompt
+        never is (`RequestError`).
+        """
+        rows = []
+        for context in self.contexts if contexts is None else contexts:
+            prompt, before = in_context(context, request.prompt)
+            if before and len(self.tokenizer(f"{prompt} {request.target_new}")["input_ids"]) > self.prompter.max_length:
+                continue
+            rows.append(self.prompter.row(prompt, request.target_new, request.subject, request.source, before))
+        return rows
+
+    def essence_row(self, request: EditRequest) -> Row:
+        """"{subject} is a", whose next-token distribution the KL term preserves."""
+        return self.prompter.row(KL_PROMPT.format(request.subject), "", request.subject, request.source)

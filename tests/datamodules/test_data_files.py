@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from lit_edit.datamodules import FactsDataModule, read_records
+
+from lit_edit.requests import RequestError
+
+RECORDS = [{"a": "x"}, {"a": "y"}]
+
+
+def error_of(path: str | Path) -> str:
+    with pytest.raises(RequestError) as caught:
+        read_records(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("value", [RECORDS, {"about": "two", "data": RECORDS}])
+def test_json(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps(value))
+    assert read_records(path) == [("f.json, record 1", {"a": "x"}), ("f.json, record 2", {"a": "y"})]
+
+
+def test_jsonl_counts_lines_and_ignores_blank_ones(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"a": "x"}\n\n{"a": "y\u2028z"}\r\n', encoding="utf-8")
+    assert read_records(path) == [("f.jsonl, line 1", {"a": "x"}), ("f.jsonl, line 3", {"a": "y\u2028z"})]
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text('\ufeffa, b\nx,"two\nlines"\n\n"p | q","u | v"\ny,\n', encoding="utf-8")
+    assert read_records(path, {"b"}) == [
+        ("f.csv, line 2", {"a": "x", "b": "two\nlines"}),
+        ("f.csv, line 5", {"a": "p | q", "b": ["u", "v"]}),
+        ("f.csv, line 6", {"a": "y", "b": None}),
+    ]
+
+
+@pytest.mark.parametrize(("name", "text"), [("f.json", '[{"a": "x"}]'), ("f.jsonl", '{"a": "x"}'), ("f.csv", "a\nx\n")])
+def test_gzip(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(gzip.compress(text.encode()))
+    ((source, record),) = read_records(path)
+    assert source.startswith(f"{name}.gz, ")
+    assert record == {"a": "x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("f.json", "", "f.json: the file is empty."),
+        ("f.json", "[]", "f.json: the file has no records."),
+        ("f.json", '[{"a": 1},\n {"b" 2}]', "f.json, line 2, column 7: is not valid JSON (Expecting ':' delimiter)."),
+        ("f.json", '"text"', "f.json: holds text where a list of records is expected."),
+        (
+            "f.json",
+            '{"a": 1, "b": 2}',
+            "f.json: is an object, but not one with exactly one list of records in it (it has the fields a, b); "
+            "put the records into one list.",
+        ),
+        (
+            "f.json",
+            '{"a": [], "b": []}',
+            "f.json: is an object, but not one with exactly one list of records in it (2 of its fields are lists); "
+            "put the records into one list.",
+        ),
+        ("f.json", '[{"a": 1}, 7]', "f.json, record 2: is a number, not an object with named fields."),
+        ("f.jsonl", '{"a": 1}\n{"a": ', "f.jsonl, line 2, column 7: is not valid JSON (Expecting value)."),
+        ("f.jsonl", '{"a": 1}\n\nnull', "f.jsonl, line 3: is null, not an object with named fields."),
+        (
+            "f.csv",
+            "a,b\nx,y\nx\n",
+            "f.csv, line 3: has 1 cells where the header names 2 columns; put a text with a comma in it into "
+            "quotation marks.",
+        ),
+        ("f.csv", 'a,b\nx,"y\n', "f.csv, line 2: is not valid CSV (unexpected end of data)."),
+        ("f.csv", "a,a\nx,y\n", "f.csv, line 1: the column 'a' is there twice."),
+        ("f.csv", "a,,b\nx,y,z\n", "f.csv, line 1: column 2 has no name."),
+        ("f.csv", "a,b\n", "f.csv: the file has no records."),
+        ("f.json.gz", "plain", "f.json.gz: is not a readable gzip file (Not a gzipped file (b'pl'))."),
+    ],
+)
+def test_a_broken_file_is_named_with_the_place(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert error_of(path) == message
+
+
+def test_truncated_gzip(tmp_path: Path) -> None:
+    path = tmp_path / "f.json.gz"
+    path.write_bytes(gzip.compress(b'[{"a": "x"}]')[:-6])
+    assert error_of(path).startswith("f.json.gz: is not a readable gzip file (")
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_bytes("a\nx\né\n".encode("latin-1"))
+    assert error_of(path) == "f.csv, line 3: is not UTF-8 text."
+
+
+def test_missing_folder_and_unknown_kind(tmp_path: Path) -> None:
+    assert error_of(tmp_path / "no.json") == f"{tmp_path / 'no.json'}: there is no such file."
+    assert error_of(tmp_path) == f"{tmp_path}: is a folder; name a file in it."
+    (tmp_path / "f.txt").write_text("x")
+    assert error_of(tmp_path / "f.txt") == (
+        f"{tmp_path / 'f.txt'}: is not a .json, .jsonl, .csv file (or one of these with .gz appended)."
+    )
+
+
+def test_saved_data_set(tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(RECORDS).save_to_disk(str(folder))
+    assert read_records(f"hf:{folder}") == [
+        (f"hf:{folder}:train, record 1", {"a": "x"}),
+        (f"hf:{folder}:train, record 2", {"a": "y"}),
+    ]
+    splits = tmp_path / "splits"
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(RECORDS[:1])}).save_to_disk(str(splits))
+    assert read_records(f"hf:{splits}:test") == [(f"hf:{splits}:test, record 1", {"a": "x"})]
+    assert error_of(f"hf:{splits}").startswith(f"hf:{splits}: cannot be loaded (KeyError: ")
+
+
+def test_hub_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, split: str, **more: object) -> datasets.Dataset:
+        asked.append((name, split))
+        if name == "no/such":
+            raise FileNotFoundError("not\nthere")
+        assert not more.get("trust_remote_code")
+        return datasets.Dataset.from_list(RECORDS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_records("hf:owner/name")[1] == ("hf:owner/name:train, record 2", {"a": "y"})
+    read_records("hf:owner/name:validation")
+    assert error_of("hf:no/such") == "hf:no/such: cannot be loaded (FileNotFoundError: not there)."
+    assert asked == [("owner/name", "train"), ("owner/name", "validation"), ("no/such", "train")]
+    assert "is not of the form" in error_of("hf:")
+
+
+def test_none_where_records_of_a_data_set_differ(tmp_path: Path) -> None:
+    """Data sets fill fields that a record lacks with None, at every depth."""
+    import datasets
+
+    def entry(name: str) -> dict[str, object]:
+        return {"prompt": "{} is", "subject": name, "target_new": "red"}
+
+    rows = [entry("A") | {"locality": {"near": [{"prompt": "B is", "ground_truth": "blue"}]}}, entry("C")]
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+    data = FactsDataModule(f"hf:{folder}")
+    data.setup("fit")
+    assert [len(request.probes) for request in data.requests] == [1, 0]

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_examples import concept, counterfact, fact, flat, mend
+from lit_edit.datamodules import (
+    ConceptEditDataModule,
+    CounterFactDataModule,
+    EditDataModule,
+    EditLoader,
+    FactsDataModule,
+    ZsREDataModule,
+)
+
+from lit_edit.requests import RequestError
+
+
+def ids(data: EditDataModule) -> list[str]:
+    data.setup("fit")
+    return [request.case_id for request in data.requests]
+
+
+def test_batches_are_in_order_and_the_last_may_be_short(facts_file: Callable[[int], str]) -> None:
+    data = FactsDataModule(facts_file(7), batch_size=3)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    assert isinstance(loader, EditLoader)
+    assert len(loader) == 3
+    for _ in range(2):
+        assert [list(batch) for batch in loader] == [data.requests[:3], data.requests[3:6], data.requests[6:]]
+    assert [request.case_id for request in data.requests] == list("1234567")
+    assert next(iter(loader)) == data.requests[:3]
+
+
+def test_setup_twice_reads_once(facts_file: Callable[[int], str]) -> None:
+    path = facts_file(2)
+    data = FactsDataModule(path)
+    data.setup("fit")
+    Path(path).unlink()
+    first = data.requests
+    data.setup("fit")
+    assert data.requests is first
+
+
+def test_offset_count_and_seed(facts_file: Callable[[int], str]) -> None:
+    path = facts_file(10)
+    assert ids(FactsDataModule(path, n_edits=3, offset=4)) == ["5", "6", "7"]
+    assert ids(FactsDataModule(path, n_edits=None, offset=8)) == ["9", "10"]
+    shuffled = ids(FactsDataModule(path, seed=1))
+    assert shuffled != ids(FactsDataModule(path))
+    assert shuffled == ids(FactsDataModule(path, seed=1))
+    assert shuffled != ids(FactsDataModule(path, seed=2))
+    assert sorted(shuffled, key=int) == ids(FactsDataModule(path))
+    # The shuffle comes first: two parts of one shuffle are disjoint.
+    assert ids(FactsDataModule(path, seed=1, n_edits=4, offset=5)) == shuffled[5:9]
+
+
+def test_default_number_of_edits(facts_file: Callable[[int], str]) -> None:
+    path = facts_file(120)
+    assert len(ids(EditDataModule(path))) == 100
+    assert len(ids(FactsDataModule(path))) == 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_edits": 0}, "n_edits is 0; it must be at least 1, or null for all."),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1."),
+        ({"offset": -1}, "offset is -1; it must not be negative."),
+        ({"on_bad_record": "ignore"}, "on_bad_record is 'ignore'; it must be 'raise' or 'skip'."),
+    ],
+)
+def test_arguments_out_of_range(facts_file: Callable[[int], str], arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="must") as caught:
+        FactsDataModule(facts_file(2), **arguments)
+    assert str(caught.value) == message
+
+
+def test_a_path_is_needed() -> None:
+    with pytest.raises(ValueError, match="FactsDataModule needs a path: the file of facts to edit"):
+        FactsDataModule()
+    with pytest.raises(ValueError, match="EditDataModule needs a path"):
+        EditDataModule()
+    with pytest.raises(ValueError, match="module is 'outer'; it must be 'intra' or 'inter'"):
+        ConceptEditDataModule("outer")  # type: ignore[arg-type]
+
+
+def test_more_edits_than_records(facts_file: Callable[[int], str]) -> None:
+    path = facts_file(5)
+    with pytest.raises(ValueError, match="asked for") as caught:
+        FactsDataModule(path, n_edits=4, offset=2).setup("fit")
+    assert str(caught.value) == f"n_edits=4 edits are asked for, but {path} has 3 usable records after offset 2."
+    with pytest.raises(ValueError, match="asked for") as caught:
+        FactsDataModule(path, offset=5).setup("fit")
+    assert str(caught.value) == f"all edits are asked for, but {path} has 0 usable records after offset 5."
+
+
+def test_a_bad_record_stops_or_is_reported(write_json: Callable[..., str]) -> None:
+    records = [fact(1), fact(2, target_new=""), fact(3), fact(4, subject="X"), *(fact(n, subject=None) for n in "567")]
+    path = write_json(records)
+    with pytest.raises(RequestError) as caught:
+        FactsDataModule(path).setup("fit")
+    assert str(caught.value) == (
+        "facts.json, record 2, field 'target_new': is empty. "
+        "(on_bad_record='skip' leaves such records out and lists them.)"
+    )
+    data = FactsDataModule(path, on_bad_record="skip")
+    with pytest.warns(UserWarning, match="cannot be edited") as warned:
+        data.setup("fit")
+    assert [request.case_id for request in data.requests] == ["1", "3"]
+    refused = [
+        "facts.json, record 2, field 'target_new': is empty.",
+        "facts.json, record 4, field 'subject': 'X' does not occur in 'prompt', 'The capital of Land4 is'.",
+        *(f"facts.json, record {number}, field 'subject': is empty." for number in (5, 6, 7)),
+    ]
+    assert data.refused == refused
+    assert [str(warning.message) for warning in warned] == [
+        "5 of 7 records cannot be edited and are left out: " + " ".join(refused[:3]) + "; 2 more are in `refused`"
+    ]
+    with (
+        pytest.warns(UserWarning, match="cannot be edited"),
+        pytest.raises(ValueError, match=r"2 usable records \(5 records were left out\)\."),
+    ):
+        FactsDataModule(path, n_edits=3, on_bad_record="skip").setup("fit")
+
+
+def test_a_broken_file_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(fact(1)) + "\n{")
+    with pytest.raises(RequestError, match=r"f\.jsonl, line 2, column 2: is not valid JSON"):
+        FactsDataModule(str(path), on_bad_record="skip").setup("fit")
+
+
+def test_identifiers_are_made_to_differ(write_json: Callable[..., str]) -> None:
+    path = write_json([fact(n, case_id=c) for n, c in enumerate([7, 8, 7, "7#2", 7, None, ""])])
+    assert ids(FactsDataModule(path)) == ["7", "8", "7#3", "7#2", "7#4", "6", "7#5"]
+
+
+def test_facts_from_csv(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(
+        "prompt,subject,target_new,target_true,rephrase_prompt,locality_prompt,locality_ground_truth,note\n"
+        '"{}, whose capital is",France,Lyon,Paris,France is run from | {} is led from,Spain: | Italy:,Madrid | Rome,a\n'
+        "In Peru,Peru,x,,,,,b | c\n"
+        "In Chile,,x,,,,,\n"
+    )
+    data = FactsDataModule(str(path), on_bad_record="skip")
+    with pytest.warns(UserWarning, match="1 of 3 records"):
+        data.setup("fit")
+    first, second = data.requests
+    assert (first.prompt, first.target_true) == ("France, whose capital is", "Paris")
+    assert [p.prompt for p in first.probes] == ["France is run from", "France is led from", "Spain:", "Italy:"]
+    assert [p.target for p in first.probes_of("locality")] == ["Madrid", "Rome"]
+    assert (second.source, second.probes) == ("facts.csv, line 3", ())
+    assert data.refused == ["facts.csv, line 4, field 'subject': is empty."]
+
+
+def test_each_data_set_reads_its_forms(write_json: Callable[..., str]) -> None:
+    mixed = write_json([counterfact(), flat()])
+    assert ids(CounterFactDataModule(mixed, n_edits=None)) == ["12", "2"]
+    questions = write_json([mend(), flat()], "zsre.json")
+    assert ids(ZsREDataModule(questions, n_edits=2)) == ["1", "2"]
+    assert ids(EditDataModule(write_json([mend(), flat(), concept(), counterfact()], "all.json"), n_edits=4))[3] == "12"
+    with pytest.raises(RequestError, match=r"zsre\.json, record 1: looks like ZsRE as published with MEND"):
+        CounterFactDataModule(questions).setup("fit")
+    with pytest.raises(RequestError, match="what is read here is ConceptEdit"):
+        ConceptEditDataModule(path=mixed).setup("fit")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_zsre_prefix(write_json: Callable[..., str], keep: bool) -> None:
+    data = ZsREDataModule(write_json([mend()]), n_edits=1, keep_loc_prefix=keep)
+    data.setup("fit")
+    prefix = "nq question: " if keep else ""
+    assert data.requests[0].probes_of("locality")[0].prompt == f"{prefix}who sang yesterday"
+
+
+def test_conceptedit_chooses_in_a_folder(write_json: Callable[..., str], tmp_path: Path) -> None:
+    write_json([concept()], "final_gpt2_inter.json")
+    write_json([concept() | {"case_id": "x"}], "final_gpt2_intra.json")
+    assert ids(ConceptEditDataModule("inter", str(tmp_path), n_edits=1)) == ["1"]
+    assert ids(ConceptEditDataModule("intra", str(tmp_path), n_edits=1)) == ["x"]
+    write_json([concept()], "final_llama_inter.json")
+    with pytest.raises(RequestError, match=r"has 2 files final_\*_inter\.json \(final_gpt2_inter\.json, final_llama"):
+        ConceptEditDataModule("inter", str(tmp_path), n_edits=1).setup("fit")
+
+
+EMBEDDED = [
+    (CounterFactDataModule, {}, "counterfact.json"),
+    (ZsREDataModule, {}, "zsre.json"),
+    (ConceptEditDataModule, {"module": "intra"}, "final_world_intra.json"),
+    (ConceptEditDataModule, {"module": "inter"}, "final_world_inter.json"),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "name"), EMBEDDED, ids=[name for *_, name in EMBEDDED])
+def test_embedded_files(kind: type[EditDataModule], arguments: dict[str, Any], name: str) -> None:
+    from importlib.resources import files
+
+    assert (files("lit_edit.world") / "data" / name).is_file()
+    everything = kind(**arguments, n_edits=None)
+    everything.setup("fit")
+    assert everything.refused == []
+    for request in everything.requests:
+        assert request.source.startswith(f"{name}, record ")
+        assert request.probes_of("generalization")
+        assert request.probes_of("locality")
+        assert request.target_true
+    default = kind(**arguments)
+    default.setup("fit")
+    assert default.requests == everything.requests[: default.n_edits]
+
+
+REAL = [
+    (CounterFactDataModule, "counterfact/counterfact-edit.json", 10_000, 0),
+    (CounterFactDataModule, "counterfact/counterfact-train.json", 10_000, 0),
+    (CounterFactDataModule, "counterfact/counterfact-full-1599.json", 1_599, 0),
+    (CounterFactDataModule, "counterfact/counterfact-portability.json", 1_031, 0),
+    (CounterFactDataModule, "counterfact/counterfact-distracting-neighbor.json", 804, 0),
+    (ZsREDataModule, "zsre/zsre-eval-portability.json", 1_037, 0),
+    (ZsREDataModule, "zsre/zsre-train-1k.json", 998, 2),
+]
+
+
+@pytest.fixture
+def _warns_if_refused(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.callspec.params["n_refused"]:
+        with pytest.warns(UserWarning, match="cannot be edited and are left out"):
+            yield
+    else:
+        yield
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "n_loaded", "n_refused"), REAL, ids=[name.split("/")[1] for _, name, *_ in REAL]
+)
+@pytest.mark.usefixtures("_warns_if_refused")
+def test_real_files(
+    real_file: Callable[[str], Path], kind: type[EditDataModule], name: str, n_loaded: int, n_refused: int
+) -> None:
+    path = real_file(name)
+    data = kind(str(path), n_edits=None, on_bad_record="skip")
+    data.setup("fit")
+    assert len(data.requests) + len(data.refused) == len(json.loads(path.read_text(encoding="utf-8")))
+    assert (len(data.requests), len(data.refused)) == (n_loaded, n_refused)
+    assert len({request.case_id for request in data.requests}) == n_loaded
+    for refused in data.refused:
+        assert refused.startswith(f"{path.name}, record ")
+        assert ", field 'alt': is empty." in refused
+    for request in data.requests:
+        assert request.subject in request.prompt
+        assert request.target_true
+        assert request.target_new == request.target_new.strip()
+        assert request.probes_of("generalization")
+        assert all(probe.target for probe in request.probes_of("locality"))
+    has_portability = "portability" in path.name or "distracting" in path.name
+    assert all(bool(request.probes_of("portability")) == has_portability for request in data.requests)
+
+
+def test_real_probes(real_file: Callable[[str], Path]) -> None:
+    data = CounterFactDataModule(str(real_file("counterfact/counterfact-distracting-neighbor.json")), n_edits=1)
+    data.setup("fit")
+    (request,) = data.requests
+    names = [probe.name for probe in request.probes_of("locality")]
+    assert {name: names.count(name) for name in names} == {
+        "neighborhood": 10,
+        "distracting": 10,
+        "unrelated_relation": 1,
+    }
+    assert len(request.probes_of("generalization")) == 2
+    assert len(request.probes_of("generation")) == 3

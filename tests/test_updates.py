@@ -1,0 +1,139 @@
+import math
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from lit_edit.updates import Additive, LowRank, Rotation, Update
+
+D, P, N = 12, 30, 4
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def updates() -> list[Update]:
+    return [
+        LowRank(normal(D, N), normal(N, P, seed=1)),
+        Additive(normal(D, P, seed=2)),
+        Rotation(torch.linalg.qr(normal(D, D, seed=3)).Q),
+    ]
+
+
+each_update = pytest.mark.parametrize("update", updates(), ids=lambda u: type(u).__name__)
+
+
+def test_what_each_update_does() -> None:
+    weight, (low_rank, additive, rotation) = normal(D, P, seed=9), updates()
+    torch.testing.assert_close(low_rank.delta(weight), low_rank.left @ low_rank.right)
+    torch.testing.assert_close(additive.delta(weight), additive.change)
+    torch.testing.assert_close(weight + rotation.delta(weight), rotation.q @ weight)
+
+
+@each_update
+def test_apply_adds_delta_and_undo_takes_it_back(update: Update) -> None:
+    before = normal(D, P, seed=9)
+    weight, delta = before.clone(), update.delta(before)
+    update.apply_(weight)
+    torch.testing.assert_close(weight, before + delta, rtol=0, atol=0)
+    update.undo_(weight)
+    torch.testing.assert_close(weight, before, rtol=0, atol=1e-13)
+
+
+@each_update
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.1), (torch.float16, 1e-2)])
+def test_storage_in_low_precision_is_rounded_once(update: Update, dtype: torch.dtype, tolerance: float) -> None:
+    before = normal(D, P, seed=9).to(dtype)
+    weight = before.clone()
+    update.apply_(weight)
+    torch.testing.assert_close(weight, (before.double() + update.delta(before)).to(dtype), rtol=0, atol=0)
+    update.undo_(weight)
+    torch.testing.assert_close(weight.double(), before.double(), rtol=0, atol=tolerance)
+
+
+@each_update
+def test_apply_writes_through_a_transposed_view_of_a_parameter(update: Update) -> None:
+    parameter = nn.Parameter(normal(P, D, seed=9))
+    expected = parameter.detach().T + update.delta(parameter.detach().T)
+    update.apply_(parameter.T)
+    torch.testing.assert_close(parameter.detach().T, expected)
+    assert parameter.requires_grad
+    assert parameter.grad_fn is None
+
+
+def test_an_update_is_a_copy() -> None:
+    change = torch.ones(2, 3, dtype=torch.float64)
+    update = Additive(change.T)
+    change.zero_()
+    assert (update.change == 1).all()
+    assert update.change.is_contiguous()
+
+
+@each_update
+def test_state_survives_safetensors(update: Update) -> None:
+    state = load(save(update.state_dict()))
+    for kind in (Update, type(update)):
+        copy = kind.from_state_dict(state)
+        assert type(copy) is type(update)
+        weight = normal(D, P, seed=9)
+        torch.testing.assert_close(copy.delta(weight), update.delta(weight), rtol=0, atol=0)
+
+
+def test_from_state_dict_names_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match=r"No update has the tensors left, middle. .*LowRank: left, right"):
+        Update.from_state_dict({"left": torch.ones(1, 1), "middle": torch.ones(1, 1)})
+    with pytest.raises(ValueError, match=r"No update has the tensors left, right. Known are Rotation: q\."):
+        Rotation.from_state_dict(updates()[0].state_dict())
+
+
+def test_norms() -> None:
+    low_rank, additive, rotation = updates()
+    weight = torch.zeros(D, P)
+    assert low_rank.norm == pytest.approx(float(low_rank.delta(weight).norm()), rel=1e-12)
+    assert additive.norm == pytest.approx(float(additive.change.norm()), rel=1e-12)
+    assert rotation.norm == pytest.approx(float((rotation.q - torch.eye(D)).norm()), rel=1e-12)
+    assert Rotation(-torch.eye(D)).norm == pytest.approx(2 * math.sqrt(D))
+
+
+def test_norm_of_low_rank_keeps_its_digits_where_terms_cancel() -> None:
+    column, row = normal(D, 1), normal(1, P)
+    tiny = 1e-9 * normal(D, 1, seed=4)
+    update = LowRank(torch.cat([column + tiny, -column], 1), torch.cat([row, row], 0))
+    assert update.norm == pytest.approx(float((tiny @ row).norm()), rel=1e-5)
+
+
+def test_more_columns_than_keys() -> None:
+    update = LowRank(normal(3, 9), normal(9, 5))
+    assert update.norm == pytest.approx(float(update.delta(torch.zeros(3, 5)).norm()), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LowRank(torch.ones(3, 2), torch.ones(4, 5)), r"left \(3, 2\), right \(4, 5\)"),
+        (lambda: LowRank(torch.ones(3), torch.ones(4, 5)), r"left factor must be a matrix, got shape \(3,\)"),
+        (lambda: Additive(torch.ones(3, 1, 1)), r"change must be a matrix, got shape \(3, 1, 1\)"),
+        (lambda: Additive(torch.full((2, 2), math.inf)), r"change of shape \(2, 2\) holds values that are not finite"),
+        (lambda: Rotation(torch.ones(2, 3)), r"square, got shape \(2, 3\)"),
+        (lambda: Rotation(1.001 * torch.eye(2)), r"2x2 matrix of a rotation is not orthogonal.* by 2.0e-03"),
+    ],
+)
+def test_bad_updates_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@each_update
+@pytest.mark.parametrize("method", ["delta", "apply_", "undo_"])
+def test_a_weight_of_another_shape_is_refused(update: Update, method: str) -> None:
+    with pytest.raises(ValueError, match=r"(12, 30|size 12).* does not fit a weight of shape \(30, 12\)"):
+        getattr(update, method)(torch.zeros(P, D))
+
+
+def test_overflow_leaves_the_weight_alone() -> None:
+    weight = torch.ones(2, 2, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"Additive of norm .* out of the range of torch.float16"):
+        Additive(torch.full((2, 2), 1e6)).apply_(weight)
+    assert (weight == 1).all()
