@@ -21,7 +21,7 @@ class DownstreamEval(EveryNEdits):
     Args:
         path: ``embedded`` or a JSON file ``{task: [{"prompt": ..., "answer": ...}, ...]}``.
         tasks: which of its tasks; all if None.
-        n_items: the first so many items of each task; all if None.
+        n_items: the first so many items of each task; all if None, and 0 switches the evaluation off.
         every_n: edits between two evaluations.
         at_start: also measure before the first edit.
         at_end: also measure after the last.
@@ -40,9 +40,9 @@ class DownstreamEval(EveryNEdits):
         at_end: bool = True,
     ) -> None:
         super().__init__(every_n, at_start, at_end)
-        if n_items is not None and n_items < 1:
-            raise ValueError(f"n_items should be positive, it is {n_items}.")
-        self.tasks = load_tasks(path, tasks, n_items)
+        if n_items is not None and n_items < 0:
+            raise ValueError(f"n_items should not be negative, it is {n_items}.")
+        self.tasks = [] if n_items == 0 else load_tasks(path, tasks, n_items)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

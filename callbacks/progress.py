@@ -23,7 +23,9 @@ class EditProgressBar(TQDMProgressBar):
     """
 
     @override
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         items = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
         edits = getattr(pl_module, "edits_applied", None)

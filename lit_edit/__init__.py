@@ -1,1 +1,22 @@
 """Sequential knowledge editing of language models as ordinary PyTorch Lightning."""
+
+from lit_edit.api import edit, load_editor
+from lit_edit.evaluation import LocalityReference, evaluate
+from lit_edit.journal import Edit, Journal
+from lit_edit.loading import load_model
+from lit_edit.module import LitEdit
+from lit_edit.requests import EditRequest, Probe, RequestError
+
+__all__ = [
+    "Edit",
+    "EditRequest",
+    "Journal",
+    "LitEdit",
+    "LocalityReference",
+    "Probe",
+    "RequestError",
+    "edit",
+    "evaluate",
+    "load_editor",
+    "load_model",
+]

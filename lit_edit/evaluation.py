@@ -100,9 +100,7 @@ class LocalityReference:
                 if n > len(self.answers.get(probe.prompt, [])):
                     length[probe.prompt] = n
         prompts = list(length)
-        for prompt, answer in zip(
-            prompts, greedy(model, prompter, prompts, [length[p] for p in prompts]), strict=True
-        ):
+        for prompt, answer in zip(prompts, greedy(model, prompter, prompts, [length[p] for p in prompts]), strict=True):
             self.answers[prompt] = answer
 
     def row(self, prompter: Prompter, prompt: str) -> Row | None:

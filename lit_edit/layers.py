@@ -118,7 +118,11 @@ class ActivationSelection(LayerPolicy):
         keys = compute_keys(workspace, requests, centers, average)
         choices = []
         for i in range(len(requests)):
-            mine = [(p.layers[0], t, loss) for p, t, loss in zip(problems, found.targets, found.loss, strict=True) if p.request == i]
+            mine = [
+                (p.layers[0], t, loss)
+                for p, t, loss in zip(problems, found.targets, found.loss, strict=True)
+                if p.request == i
+            ]
             scores = {
                 layer: selection_score(
                     architecture[layer].weight.float(),

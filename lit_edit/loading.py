@@ -25,7 +25,9 @@ def embedded_path(*parts: str) -> Path:
         return path
 
 
-def load_model(name: str = EMBEDDED, dtype: str = "float32", device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:
+def load_model(
+    name: str = EMBEDDED, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer.
 
     Args:

@@ -252,9 +252,7 @@ class ValueOptimizer:
     ) -> Tensor:
         """Log-probabilities (problems, vocabulary) after "{subject} is a", before any change."""
         batch = workspace.prompter.collate([workspace.essence_row(r) for r in requests], workspace.device)
-        logits = workspace.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
+        logits = workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         at = batch.attention_mask.sum(1) - 1
         found = logits[torch.arange(len(requests)), at].float().log_softmax(-1)
         return found[[p.request for p in problems]]
@@ -316,9 +314,7 @@ def _target_probability(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def block_outputs(workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[int, Tensor]:
     """Outputs of blocks at the subject's last token under the bare edit prompt: for each layer (d, n), float32."""
-    rows = [
-        workspace.prompter.row(r.prompt, r.target_new, r.subject, r.source) for r in requests
-    ]
+    rows = [workspace.prompter.row(r.prompt, r.target_new, r.subject, r.source) for r in requests]
     batch = workspace.prompter.collate(rows, workspace.device)
     seen: dict[int, Tensor] = {}
 

@@ -35,9 +35,7 @@ class Workspace:
     def of(cls, model: nn.Module, tokenizer: Any, contexts: Sequence[str] = ("{}",)) -> Workspace:
         """Binds a model and its tokenizer."""
         limit = getattr(model.config, "max_position_embeddings", None)
-        return cls(
-            model, tokenizer, Architecture(model), Prompter(tokenizer, int(limit or 1_000_000)), list(contexts)
-        )
+        return cls(model, tokenizer, Architecture(model), Prompter(tokenizer, int(limit or 1_000_000)), list(contexts))
 
     @property
     def device(self) -> torch.device:
@@ -59,5 +57,5 @@ class Workspace:
         return rows
 
     def essence_row(self, request: EditRequest) -> Row:
-        """"{subject} is a", whose next-token distribution the KL term preserves."""
+        """ "{subject} is a", whose next-token distribution the KL term preserves."""
         return self.prompter.row(KL_PROMPT.format(request.subject), "", request.subject, request.source)

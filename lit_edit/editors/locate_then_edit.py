@@ -72,9 +72,7 @@ class LocateThenEdit(Editor):
         at_block = self.values.site == "block"
         problems = [ValueProblem(i, c.layers[-1:] if at_block else c.layers) for i, c in enumerate(choices)]
         values = self.values.optimise(workspace, requests, problems, self.keys)
-        return Plan(
-            list(requests), [c.layers for c in choices], values.loss, values.probability, values.steps, values
-        )
+        return Plan(list(requests), [c.layers for c in choices], values.loss, values.probability, values.steps, values)
 
     @torch.no_grad()
     def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:

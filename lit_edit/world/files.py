@@ -78,9 +78,7 @@ def counterfact_records(world: World) -> list[dict[str, Any]]:
                 },
                 "paraphrase_prompts": [relation.statements[i].format(fact.subject) for i in (seen[0], unseen)],
                 "neighborhood_prompts": [edit.format(s) for s in rng.sample(others, min(NEIGHBOURS, len(others)))],
-                "attribute_prompts": [
-                    edit.format(s) for s in rng.sample(attributes, min(NEIGHBOURS, len(attributes)))
-                ],
+                "attribute_prompts": [edit.format(s) for s in rng.sample(attributes, min(NEIGHBOURS, len(attributes)))],
                 "generation_prompts": [relation.statements[i].format(fact.subject) for i in seen[1:3]],
             }
         )
@@ -181,7 +179,9 @@ def write_files(folder: Path = DATA) -> None:
     dump("zsre.json", zsre_records(world))
     for module in ("intra", "inter"):
         dump(f"final_world_{module}.json", concept_records(module))
-    (folder / "tasks.json").write_text(json.dumps(task_records(), ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    (folder / "tasks.json").write_text(
+        json.dumps(task_records(), ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
+    )
     (folder / "text.txt").write_text("\n".join(corpus.texts(6000, seed=11)) + "\n", encoding="utf-8")
     (folder / "text-heldout.txt").write_text("\n".join(corpus.texts(1000, seed=12)) + "\n", encoding="utf-8")
 

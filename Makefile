@@ -1,0 +1,44 @@
+# `make run` and `make test` set everything up by themselves; nothing else has to be installed first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: run test test-slow lint bench compare card world clean
+
+# torch comes first: with it installed, no other package asks for a build with GPU libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+run: $(READY)
+	$(BIN)/python train.py fit --config mose.yaml $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lit_edit callbacks datamodules train.py
+
+bench: $(READY)
+	$(BIN)/python benchmarks/edit_speed.py $(ARGS)
+
+compare: $(READY)
+	$(BIN)/python benchmarks/four_methods.py $(ARGS)
+
+card: $(READY)
+	$(BIN)/python -m lit_edit.world.card $(ARGS)
+
+world: $(READY)
+	$(BIN)/python -m lit_edit.world.train $(ARGS)
+
+clean:
+	rm -rf $(VENV) runs

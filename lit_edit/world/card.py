@@ -1,0 +1,151 @@
+"""Measures the embedded model and writes its card: `python -m lit_edit.world.card`.
+
+The card (``lit_edit/world/model/README.md``) holds recall, task scores, perplexity, and how often a single edit
+succeeds in each layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from lit_edit.datamodules import ConceptEditDataModule, CounterFactDataModule, EditDataModule, ZsREDataModule
+from lit_edit.downstream import load_tasks, run_task
+from lit_edit.editors import LocateThenEdit
+from lit_edit.evaluation import LocalityReference, evaluate, score_targets
+from lit_edit.layers import FixedLayers
+from lit_edit.loading import EMBEDDED, embedded_path, load_corpus, load_model
+from lit_edit.requests import EditRequest
+from lit_edit.session import EditSession
+from lit_edit.solvers import MOSE, ROME, Solver
+from lit_edit.values import NormClamp, NormMatched, ValueOptimizer
+from lit_edit.workspace import Workspace
+
+
+def requests_of(data: EditDataModule) -> list[EditRequest]:
+    """Every request of a data module."""
+    data.setup("fit")
+    return data.requests
+
+
+def recall(workspace: Workspace, requests: Sequence[EditRequest]) -> dict[str, float]:
+    """Share of true objects that are the greedy answer: edit prompts, each paraphrase, locality prompts."""
+    ask: dict[str, list[tuple[str, str]]] = {}
+    for request in requests:
+        if request.target_true is None:
+            raise ValueError(f"{request.source}: recall needs the true object.")
+        ask.setdefault("edit prompts", []).append((request.prompt, request.target_true))
+        for i, probe in enumerate(request.probes_of("generalization")):
+            ask.setdefault("paraphrases", []).append((probe.prompt, request.target_true))
+            ask.setdefault(f"paraphrase {i + 1}", []).append((probe.prompt, request.target_true))
+        for probe in request.probes_of("locality"):
+            if probe.target:
+                ask.setdefault("locality prompts", []).append((probe.prompt, probe.target))
+    out = {}
+    for name, pairs in ask.items():
+        rows = [workspace.prompter.row(p, t) for p, t in dict.fromkeys(pairs)]
+        out[name] = float(score_targets(workspace.model, workspace.prompter, rows).exact.float().mean())
+    return out
+
+
+@torch.no_grad()
+def perplexity(workspace: Workspace, texts: Sequence[str]) -> float:
+    """exp of the mean negative log-likelihood per token of the texts."""
+    rows = [workspace.prompter.row(text) for text in texts]
+    rows = [replace(row, target_start=1) for row in rows]
+    score = score_targets(workspace.model, workspace.prompter, rows)
+    tokens = sum(len(r.ids) - 1 for r in rows)
+    return math.exp(-float(score.log_prob.double().sum()) / tokens)
+
+
+METHODS: dict[str, tuple[Solver, ValueOptimizer]] = {
+    "ROME, clamped values": (ROME(), ValueOptimizer(constraint=NormClamp(4.0), lr_unit="relative", steps=40)),
+    "MOSE, norm-matched values": (
+        MOSE(preservation=1.0, memory=False),
+        ValueOptimizer(constraint=NormMatched(), lr_unit="relative", steps=80, weight_decay=0.0),
+    ),
+}
+
+
+def single_edits(
+    model: nn.Module, tokenizer: Any, requests: Sequence[EditRequest], layers: list[int], method: str
+) -> dict[str, float]:
+    """Mean reliability, generalization and locality of single edits: each applied, scored and taken back."""
+    solver, values = METHODS[method]
+    editor = LocateThenEdit(FixedLayers(layers), values, solver, contexts=5, context_length=5)
+    session = EditSession(model, tokenizer, editor, load_corpus(), EMBEDDED)
+    workspace = session.workspace
+    reference = LocalityReference()
+    reference.collect(model, workspace.prompter, requests)
+    original = {part.index: part.weight.clone() for part in session.editable}
+    plan = session.plan(requests)
+    total: dict[str, float] = {"p(v*)": sum(plan.probability)}
+    for i, request in enumerate(requests):
+        one = replace(
+            plan,
+            requests=[request],
+            layers=[plan.layers[i]],
+            data=replace(plan.data, problems=[plan.data.problems[i]], targets=[plan.data.targets[i]]),
+        )
+        editor.memory.clear()
+        editor.apply(workspace, one)
+        for name, value in evaluate(model, workspace.prompter, [request], reference).items():
+            total[name] = total.get(name, 0.0) + value
+        for part in session.editable:
+            part.weight.copy_(original[part.index])
+    return {name: value / len(requests) for name, value in total.items()}
+
+
+def measure(model: nn.Module, tokenizer: Any, n_single: int = 24, console: Console | None = None) -> dict[str, Any]:
+    """All figures of the card."""
+    say = console.print if console else lambda *_: None
+    model.eval().requires_grad_(False)
+    workspace = Workspace.of(model, tokenizer)
+    counterfact = requests_of(CounterFactDataModule(n_edits=None))
+    figures: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "counterfact": recall(workspace, counterfact),
+        "zsre": recall(workspace, requests_of(ZsREDataModule(n_edits=None))),
+        "conceptedit": recall(workspace, requests_of(ConceptEditDataModule(n_edits=None))),
+        "perplexity": perplexity(
+            workspace, embedded_path("data", "text-heldout.txt").read_text(encoding="utf-8").splitlines()
+        ),
+    }
+    say(figures)
+    figures["tasks"] = {task.name: run_task(model, workspace.prompter, task)[0] for task in load_tasks()}
+    say(figures["tasks"])
+    n_layers = len(workspace.architecture)
+    sets = [[i] for i in range(n_layers)] + [[i - 1, i, i + 1] for i in range(1, n_layers - 1)]
+    figures["single_edits"] = {}
+    for method in METHODS:
+        for layers in sets if n_single else []:
+            key = f"{method} | {'-'.join(map(str, layers[:: max(1, len(layers) - 1)]))}"
+            figures["single_edits"][key] = single_edits(model, tokenizer, counterfact[:n_single], layers, method)
+            say(key, {k: round(v, 2) for k, v in figures["single_edits"][key].items()})
+    return figures
+
+
+def main() -> None:
+    """Measures and writes the card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--n_single", type=int, default=24, help="requests for the table of single edits")
+    parser.add_argument("--out", type=Path, default=Path("runs/card.json"))
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model)
+    figures = measure(model, tokenizer, args.n_single, Console())
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

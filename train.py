@@ -1,0 +1,8 @@
+"""The command line of lit-edit: `python train.py fit --config mose.yaml`."""
+
+import sys
+
+from lit_edit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
