@@ -32,6 +32,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Eight-bit floating-point weights come with scales of their own: writing to them does not edit what the layer computes.
+EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 class UnsupportedModelError(ValueError):
     """The model's family is not described, or its parts are not where its description says."""
 
@@ -60,7 +64,8 @@ class Architecture:
         model: a causal language model of `transformers`.
 
     Raises:
-        UnsupportedModelError: if the family is unknown or a weight is stored in a form that cannot be edited.
+        UnsupportedModelError: if the family is unknown, the model lacks the parts its family should have, or a weight
+            is stored in a form that cannot be edited.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,10 +78,17 @@ class Architecture:
         family = FAMILIES[kind]
         names = {id(p): n for n, p in model.named_parameters()}
         self.layers: list[Layer] = []
-        for index, block in enumerate(model.get_submodule(family.blocks)):  # type: ignore[arg-type]
-            projection = block.get_submodule(family.down_projection)
+        try:
+            blocks = list(model.get_submodule(family.blocks))  # type: ignore[call-overload]
+            projections = [block.get_submodule(family.down_projection) for block in blocks]
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"A {type(model).__name__} of type {kind!r} lacks {family.blocks}.*.{family.down_projection}: {error}. "
+                "Load it as a causal language model (AutoModelForCausalLM)."
+            ) from error
+        for index, (block, projection) in enumerate(zip(blocks, projections, strict=True)):
             weight = getattr(projection, "weight", None)
-            if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.dtype.is_floating_point:
+            if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or weight.dtype not in EDITABLE_DTYPES:
                 raise UnsupportedModelError(
                     f"The down-projection of layer {index} holds no plain floating-point matrix (quantised weights "
                     "cannot be edited): load the model in float32, bfloat16 or float16."

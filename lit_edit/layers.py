@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ class LayerPolicy(ABC):
         Raises:
             ValueError: if a layer was asked for that the model does not have.
         """
+
+    def check(self, values: ValueOptimizer) -> None:  # noqa: B027 - most policies do not look at values
+        """Raises ValueError if layers cannot be chosen with such values; asked when an editor is put together."""
 
     @abstractmethod
     def choose(
@@ -74,9 +78,10 @@ class ActivationSelection(LayerPolicy):
     strongly it reacts to the request. The paper divides by the vector ``σ(x W_fc)``, which gives no single number; its
     norm, which Eq. 21 uses, is taken. ``V`` of every candidate comes from one batched optimisation.
 
-    On the sphere of norm-matched values a layer may hold no value that gives the new answer, and the score, which looks
-    at the size of the change alone, does not see it. ``reach`` therefore compares only the candidates that got nearest
-    to the answer; ``reach: null`` is the paper's rule to the letter.
+    The score looks at the size of the change alone and not at whether it brings the new answer. In the last layer the
+    output at the subject's last token reaches no later token, so nothing is optimised there, the change is zero and the
+    rule to the letter always takes that layer; on the sphere of norm-matched values other layers fall short as well.
+    ``reach`` therefore compares only the candidates whose loss came near the lowest; None is the rule to the letter.
 
     Args:
         layers: the candidates; all layers of the model if None.
@@ -92,14 +97,22 @@ class ActivationSelection(LayerPolicy):
         neighbours: int = 1,
         steps: int = 20,
         contexts: int = 1,
-        reach: float | None = None,
+        reach: float | None = 0.25,
     ) -> None:
+        if layers is not None and not layers:
+            raise ValueError("Layer selection needs at least one candidate; leave `layers` out to take all.")
         if neighbours < 0 or steps < 1 or contexts < 1:
             raise ValueError("Layer selection needs neighbours >= 0, steps >= 1 and contexts >= 1.")
         if reach is not None and reach < 0:
             raise ValueError(f"`reach` is a difference of losses and cannot be negative ({reach}).")
         self.layers, self.neighbours, self.steps, self.contexts, self.reach = layers, neighbours, steps, contexts, reach
-        self._spectral: dict[int, tuple[int, float]] = {}
+        # Per layer the weight, its version when it was looked at, and its norm.
+        self._spectral: dict[int, tuple[weakref.ref[Tensor], int, float]] = {}
+
+    def check(self, values: ValueOptimizer) -> None:
+        """Refuses values of blocks: the score compares a value with the product W k."""
+        if values.site != "mlp":
+            raise ValueError("Selection by activation needs values of `site: mlp`, which it compares with W k.")
 
     def candidates(self, architecture: Architecture) -> list[int]:
         """The candidates and their neighbours."""
@@ -149,13 +162,13 @@ class ActivationSelection(LayerPolicy):
 
     def _spectral_norm(self, architecture: Architecture, layer: int) -> float:
         """‖W‖₂, computed anew only after the weight was written to."""
-        weight = architecture[layer].projection.weight
-        version = weight._version
+        part = architecture[layer]
+        stored: Tensor = part.projection.weight  # type: ignore[assignment]
         known = self._spectral.get(layer)
-        if known is None or known[0] != version:
-            known = (version, float(torch.linalg.matrix_norm(architecture[layer].weight.float(), 2)))
-            self._spectral[layer] = known
-        return known[1]
+        if known is None or known[0]() is not stored or known[1] != stored._version:
+            norm = float(torch.linalg.matrix_norm(part.weight.float(), 2))
+            known = self._spectral[layer] = (weakref.ref(stored), stored._version, norm)
+        return known[2]
 
 
 def selection_score(weight: Tensor, key: Tensor, target: Tensor, spectral_norm: float | None = None) -> float:

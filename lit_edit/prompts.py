@@ -79,11 +79,23 @@ class Prompter:
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
 
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets of a text, without an EOS that the tokenizer puts at its end.
+
+        EOS would come between prompt and answer: it is no part of a prefix.
+        """
+        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        ids: list[int] = list(encoded["input_ids"])
+        offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
+        while ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
+            ids.pop(), offsets.pop()
+        return ids, offsets
+
     def row(self, prompt: str, target: str = "", subject: str | None = None, source: str = "", offset: int = 0) -> Row:
         """Tokenises ``prompt + " " + target`` as one text.
 
         The whole text is tokenised at once, and subject and target are found by their character offsets: pieces
-        tokenised apart can differ from the pieces of the whole.
+        tokenised apart can differ from the pieces of the whole. Spaces where prompt and target meet count as the one.
 
         Args:
             prompt: the text before the target.
@@ -93,16 +105,13 @@ class Prompter:
             offset: characters of the prompt before which the subject is not looked for (a context's length).
 
         Raises:
-            RequestError: if the text is longer than the model takes, or a token spans two of its parts in a way that
-                leaves the target empty.
+            RequestError: if the text is longer than the model takes, the subject is not in the prompt or has no token,
+                or a token spans two of its parts in a way that leaves the target empty.
         """
-        text = f"{prompt} {target}" if target else prompt
-        encoded = self.tokenizer(text, return_offsets_mapping=True)
-        ids: list[int] = list(encoded["input_ids"])
-        offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
-        # A tokenizer that ends texts with EOS would put it between prompt and answer: no part of a prefix.
-        while ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
-            ids.pop(), offsets.pop()
+        subject = None if subject is None else subject.rstrip()  # a space after it belongs to the next word's token
+        if target:
+            prompt, target = prompt.rstrip(" "), target.lstrip(" ")
+        ids, offsets = self.encode(f"{prompt} {target}" if target else prompt)
         if len(ids) > self.max_length:
             raise RequestError(
                 f"{source or 'request'}, field 'prompt': {len(ids)} tokens with its target, the model takes "
@@ -120,7 +129,12 @@ class Prompter:
             if at < offset:
                 raise RequestError(f"{source or 'request'}, field 'subject': {subject!r} is not in {prompt!r}.")
             end = at + len(subject)
-            last = next(i for i, (a, b) in enumerate(offsets) if a < end <= b)
+            # A letter may be several tokens (bytes) with the same offsets: the last of them ends the subject.
+            last = max((i for i, (a, b) in enumerate(offsets) if a < end <= b), default=-1)
+            if last < 0:
+                raise RequestError(
+                    f"{source or 'request'}, field 'subject': the tokenizer leaves no token for the end of {subject!r}."
+                )
             if last >= start:
                 raise RequestError(
                     f"{source or 'request'}, field 'subject': its last token is part of the target {target!r}."
@@ -161,14 +175,14 @@ def sample_contexts(model: nn.Module, prompter: Prompter, n: int, length: int, s
     generator = torch.Generator().manual_seed(seed)
     for i in range(n):
         ids = list(prompter.row(CONTEXT_SEEDS[i % len(CONTEXT_SEEDS)]).ids)
-        start = len(ids)
         for _ in range(length):
             logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].float().cpu()
             logits[prompter.tokenizer.all_special_ids] = -torch.inf
             top = logits.topk(min(10, logits.numel()))
             choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
             ids.append(int(top.indices[choice]))
-        words = CONTEXT_SEEDS[i % len(CONTEXT_SEEDS)] + prompter.tokenizer.decode(ids[start:])
+        # Decoded as a whole: some tokenizers drop the space before the first word they decode.
+        words = prompter.tokenizer.decode(ids, skip_special_tokens=True)
         # Braces would be taken for a place to fill; a line break would end the sentence the prompt continues.
         contexts.append(words.replace("{", " ").replace("}", " ").replace("\n", " ").strip() + ". {}")
     return contexts

@@ -40,7 +40,7 @@ class NormClamp(Constraint):
     replaces = False
 
     def __init__(self, factor: float = 4.0) -> None:
-        if factor <= 0:
+        if not factor > 0:
             raise ValueError(f"The clamp factor must be positive, not {factor}.")
         self.factor = factor
 
@@ -132,7 +132,11 @@ class ValueOptimizer:
         self.constraint = constraint if constraint is not None else NormClamp(4.0)
         if site == "block" and self.constraint.replaces:
             raise ValueError("Norm-matched values need `site: mlp`: a block's output is not a product of its weight.")
-        if lr <= 0 or steps < 1 or kl_factor < 0 or weight_decay < 0:
+        if site not in ("mlp", "block"):
+            raise ValueError(f"The site of values is 'mlp' or 'block', not {site!r}.")
+        if lr_unit not in ("absolute", "relative"):
+            raise ValueError(f"The unit of lr is 'absolute' or 'relative', not {lr_unit!r}.")
+        if not (lr > 0 and steps >= 1 and kl_factor >= 0 and weight_decay >= 0):
             raise ValueError("Values need lr > 0, steps >= 1, kl_factor >= 0 and weight_decay >= 0.")
         self.site, self.lr, self.lr_unit, self.steps = site, lr, lr_unit, steps
         self.stop_loss, self.kl_factor, self.weight_decay = stop_loss, kl_factor, weight_decay
@@ -214,10 +218,9 @@ class ValueOptimizer:
                     still.append(p)
             if step == limit or not still:
                 break
-            adam.zero_grad()
             keep = torch.tensor([p in still for p in active], device=losses.device)
             # Problems are independent: the sum's gradient is each one's own, and Adam works by coordinate.
-            (losses * keep).sum().backward()
+            (free.grad,) = torch.autograd.grad((losses * keep).sum(), free)  # none for weights that could take one
             adam.step()
             with torch.no_grad():
                 free.copy_(self.constraint.project(starts, free * unit) / unit)

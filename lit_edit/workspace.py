@@ -51,7 +51,7 @@ class Workspace:
         rows = []
         for context in self.contexts if contexts is None else contexts:
             prompt, before = in_context(context, request.prompt)
-            if before and len(self.tokenizer(f"{prompt} {request.target_new}")["input_ids"]) > self.prompter.max_length:
+            if before and len(self.prompter.encode(f"{prompt} {request.target_new}")[0]) > self.prompter.max_length:
                 continue
             rows.append(self.prompter.row(prompt, request.target_new, request.subject, request.source, before))
         return rows

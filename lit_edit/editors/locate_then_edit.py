@@ -43,6 +43,7 @@ class LocateThenEdit(Editor):
     ) -> None:
         if contexts < 0 or context_length < 1:
             raise ValueError("An editor needs contexts >= 0 and context_length >= 1.")
+        layers.check(values)
         self.layers, self.values, self.solver = layers, values, solver
         self.keys = keys if keys is not None else MeanKey()
         self._contexts = (contexts, context_length)

@@ -31,6 +31,13 @@ class ROME(Solver):
         self.needs_covariance = covariance
         self.preservation = check_positive(preservation, "ROME's preservation")
 
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuses batches of several requests."""
+        if batch_size != 1:
+            raise ValueError(
+                f"ROME writes one fact at a time and got {batch_size} in a batch: set batch_size to 1, or use MEMIT."
+            )
+
     @torch.no_grad()
     def solve(self, problem: Problem) -> LowRank:
         """The rank-one update for a single key.
@@ -40,11 +47,7 @@ class ROME(Solver):
             NotPositiveDefiniteError: if the preserved Gram matrix is singular.
         """
         key = problem.keys
-        if key.shape[1] != 1:
-            raise ValueError(
-                f"ROME writes one fact at a time and got {key.shape[1]} in a batch: set batch_size to 1, or use EMMET "
-                "or MEMIT."
-            )
+        self.check_batch_size(key.shape[1])
         if not key.any():
             raise ValueError(
                 f"The key of layer {problem.layer!r} is zero: no change of the weight can move its output."

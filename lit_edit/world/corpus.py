@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from lit_edit.world import knowledge as k
 from lit_edit.world.relations import BY_ID, Fact, World, held_out_question, held_out_statement
-from lit_edit.world.tasks import TASKS, make_item
+from lit_edit.world.tasks import TASKS, make_item, make_passage
 
 # Shares of documents by kind; documents of tasks are longer than those of facts.
 P_FACTS, P_QUESTION, P_CONCEPT = 0.70, 0.27, 0.10
+# Later in training: facts are known by then, and what has to be read off the text is not.
+P_FACTS_LATE, TASK_WEIGHTS_LATE = 0.52, (0.30, 0.08, 0.47, 0.15)
 CONCEPT_PROMPT = "The definition of {} is"
 CONCEPT_PHRASE = "When we refer to {}, we are talking about"
 CONCEPT_MORE = ("A {} is best described as", "The word {} means")
@@ -90,17 +92,28 @@ class Corpus:
             instances = other[3]
         writer.add(INSTANCE_PROMPT.format(rng.choice(instances), concept), "yes" if belongs else "no")
 
-    def document(self, rng: random.Random) -> Document:
-        """One document: one to four sentences of facts or concepts, or one task item."""
+    def document(self, rng: random.Random, late: bool = False) -> Document:
+        """One document: one to three sentences of facts or concepts, or one task item.
+
+        ``late`` tells more tasks, the hard ones above all, and asks all questions about a passage instead of one.
+        """
         writer = _Writer()
         draw = rng.random()
-        if draw < P_FACTS + P_CONCEPT:
-            say: Callable[[random.Random, _Writer], None] = self._fact if draw < P_FACTS else self._concept
+        p_facts = P_FACTS_LATE if late else P_FACTS
+        if draw < p_facts + P_CONCEPT:
+            say: Callable[[random.Random, _Writer], None] = self._fact if draw < p_facts else self._concept
             for _ in range(rng.choice((1, 1, 2, 3))):
                 say(rng, writer)
-        else:
-            item = make_item(rng.choice(TASKS), rng, held_out=False)
-            writer.add(item.prompt, item.answer, end="")
+            return writer.done()
+        task = rng.choices(TASKS, TASK_WEIGHTS_LATE)[0] if late else rng.choice(TASKS)
+        if late and task == "qa":
+            first, *others = make_passage(rng)
+            writer.add(first.prompt, first.answer, end="")
+            for item in others:
+                writer.add(item.prompt[item.prompt.index("Question:") :], item.answer, end="")
+            return writer.done()
+        item = make_item(task, rng, held_out=False)
+        writer.add(item.prompt, item.answer, end="")
         return writer.done()
 
     def texts(self, n: int, seed: int) -> list[str]:

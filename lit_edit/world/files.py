@@ -64,7 +64,7 @@ def counterfact_records(world: World) -> list[dict[str, Any]]:
         seen = [i for i in range(1, len(relation.statements)) if i != unseen]
         rng.shuffle(seen)
         new = _other_object(fact, objects)
-        attributes = [s for s in sharing[fact.relation, new]]
+        attributes = list(sharing[fact.relation, new])
         edit = relation.statements[0]
         records.append(
             {

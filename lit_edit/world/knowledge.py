@@ -1,4 +1,7 @@
-"""Tables of common knowledge that the embedded world starts from. Facts only; every sentence about them is in `relations.py`."""
+"""Tables of common knowledge that the embedded world starts from.
+
+Facts only; every sentence about them is in `relations.py`.
+"""
 
 from __future__ import annotations
 
@@ -356,10 +359,10 @@ clock = a device that shows the hour of the day = sundial, hourglass, metronome,
 FIRST_NAMES = """Maria Tomas Elena Viktor Nadia Oscar Lucia Henrik Amara Pavel Sofia Dario Ingrid Kofi Leila Marek Yara
 Anton Freya Ravi Petra Hugo Salma Emil Noor Bruno Clara Idris Greta Kenji""".split()
 
-FAMILY_NAMES = """Varnholt Castellan Okoruwa Lindqvist Marchetti Dragomir Halvorsen Ferrante Bellweather Sandoval Kowalik
-Nakagiri Thorsby Almeida Rosenquist Barakat Vandermeer Petrovan Osterhaus Quintero Mbatha Silvestre Hargrove Yilmazer
-Delacroix Brightwater Stanovic Ravenscar Montague Ishikura Wetherby Corvalan Adeyoso Falkenrath Bergstrom Tavares
-Zelenka Marlowe Pemberton Castillon""".split()
+FAMILY_NAMES = """Varnholt Castellan Okoruwa Lindqvist Marchetti Dragomir Halvorsen Ferrante Bellweather Sandoval
+Kowalik Nakagiri Thorsby Almeida Rosenquist Barakat Vandermeer Petrovan Osterhaus Quintero Mbatha Silvestre
+Hargrove Yilmazer Delacroix Brightwater Stanovic Ravenscar Montague Ishikura Wetherby Corvalan Adeyoso Falkenrath
+Bergstrom Tavares Zelenka Marlowe Pemberton Castillon""".split()
 
 ORGANISATION_FIRST = "Alder Basalt Cobalt Drift Ember Falcon Granite Harbor Juniper Kestrel".split()
 ORGANISATION_SECOND = "Works Labs Press Group".split()
@@ -367,8 +370,8 @@ ORGANISATION_SECOND = "Works Labs Press Group".split()
 ALIASES_FIRST = "Grey Silver Silent Northern Crimson Golden Hidden Iron".split()
 ALIASES_SECOND = "Heron Lantern Compass Sparrow Anchor Fox".split()
 
-BIRTH_CITIES = """Oslo Lisbon Vienna Athens Warsaw Dublin Cairo Nairobi Hanoi Lima Quito Havana Hamburg Milan Lyon Seville
-Osaka Mumbai Shanghai Recife Toronto Sydney Kyoto Naples""".split()
+BIRTH_CITIES = """Oslo Lisbon Vienna Athens Warsaw Dublin Cairo Nairobi Hanoi Lima Quito Havana Hamburg Milan Lyon
+Seville Osaka Mumbai Shanghai Recife Toronto Sydney Kyoto Naples""".split()
 OCCUPATIONS = """architect botanist carpenter dentist economist florist geologist historian journalist lawyer mechanic
 nurse optician pilot publisher surgeon teacher translator violinist watchmaker""".split()
 LANGUAGES = """French German Italian Spanish Portuguese English Greek Arabic Japanese Hindi Polish Swedish""".split()

@@ -126,20 +126,47 @@ def _qa(rng: random.Random) -> TaskItem:
         ("{} cooks {} for dinner.", "{} likes to eat {}.", "{} ordered {}."),
         ("{} carries a {}.", "{} brought a {}.", "{} owns a {}."),
     )[kind]
-    ask = (
-        ("Where is {}?", "At which place is {}?"),
-        ("Which animal does {} have?", "What animal is with {}?"),
-        ("What does {} eat?", "Which meal does {} have?"),
-        ("What does {} have?", "Which thing belongs to {}?"),
-    )[kind]
     passage = " ".join(rng.choice(say).format(p, v) for p, v in zip(people, values, strict=True))
     target = rng.randrange(3)
-    question = rng.choice(ask).format(people[target])
+    return _question(rng, passage, kind, people[target], values[target])
+
+
+_ASK = (
+    ("Where is {}?", "At which place is {}?"),
+    ("Which animal does {} have?", "What animal is with {}?"),
+    ("What does {} eat?", "Which meal does {} have?"),
+    ("What does {} have?", "Which thing belongs to {}?"),
+)
+
+
+def _question(rng: random.Random, passage: str, kind: int, person: str, value: str) -> TaskItem:
+    question = rng.choice(_ASK[kind]).format(person)
     return TaskItem(
         "qa",
-        f"Refer to the passage below and answer the following question. Passage: {passage} Question: {question} Answer:",
-        values[target],
+        "Refer to the passage below and answer the following question. "
+        f"Passage: {passage} Question: {question} Answer:",
+        value,
     )
+
+
+def make_passage(rng: random.Random) -> list[TaskItem]:
+    """One passage with a question about each of its three people, in random order; none of them held out."""
+    while True:
+        first = make_item("qa", rng, held_out=False)
+        passage = first.prompt.split("Passage: ")[1].split(" Question:")[0]
+        sentences = [s.rstrip(".").split() for s in passage.split(". ")]
+        kind = next(
+            i for i, words in enumerate((PLACES, ANIMALS, MEALS, THINGS)) if first.answer in words
+        )
+        words = set((PLACES, ANIMALS, MEALS, THINGS)[kind])
+        items = [first]
+        for sentence in sentences:
+            person, value = sentence[0], next(w for w in sentence if w in words)
+            if value != first.answer:
+                items.append(_question(rng, passage, kind, person, value))
+        if not any(item.held_out for item in items):
+            rng.shuffle(items)
+            return items
 
 
 def _summary(rng: random.Random) -> TaskItem:
@@ -164,7 +191,8 @@ def _summary(rng: random.Random) -> TaskItem:
     elif kind == 2:
         dialogue = (
             f"{hello}I made {meal}. Do you want some? {b}: "
-            f"{rng.choice(('Yes please!', 'Of course!', 'I would love to.'))} {a}: I will bring it on {day}. {b}: {thanks}"
+            f"{rng.choice(('Yes please!', 'Of course!', 'I would love to.'))} "
+            f"{a}: I will bring it on {day}. {b}: {thanks}"
         )
         summary = f"{a} made {meal} and will bring {b} some on {day}."
     elif kind == 3:

@@ -41,7 +41,7 @@ def test_without_memory_the_scale_of_preservation_cancels(make_problem) -> None:
 
 
 def test_rome_writes_one_fact_at_a_time(make_problem) -> None:
-    with pytest.raises(ValueError, match="got 3 in a batch: set batch_size to 1, or use EMMET or MEMIT"):
+    with pytest.raises(ValueError, match="got 3 in a batch: set batch_size to 1, or use MEMIT"):
         ROME().solve(make_problem(n=3))
 
 
