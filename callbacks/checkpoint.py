@@ -29,5 +29,5 @@ class EditCheckpoint(EveryNEdits):
         folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
         # This count is measured already as far as a resumed run is concerned.
         self._last_measured = edits
-        trainer.save_checkpoint(folder / "edits.ckpt")
+        trainer.save_checkpoint(folder / "edits.ckpt", weights_only=False)
         return {}

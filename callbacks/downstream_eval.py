@@ -51,6 +51,6 @@ class DownstreamEval(EveryNEdits):
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
-        limit = getattr(pl_module.model.config, "max_position_embeddings", None) or 1_000_000
+        limit = getattr(getattr(pl_module.model, "config", None), "max_position_embeddings", None) or 1_000_000
         prompter = Prompter(pl_module.tokenizer, int(limit))
         return {f"downstream/{task.name}": run_task(pl_module.model, prompter, task)[0] for task in self.tasks}

@@ -37,7 +37,7 @@ def count_edits(trainer: Trainer, pl_module: LightningModule) -> int:
 
 
 @contextmanager
-def _as_found(pl_module: LightningModule) -> Iterator[None]:
+def as_found(pl_module: LightningModule) -> Iterator[None]:
     """Evaluation mode, no gradients, and a private random state inside; everything as it was afterwards."""
     # `pl_module.train(was_training)` would overwrite the modes of submodules, which may well differ: a frozen backbone
     # stays in evaluation mode while its head trains.
@@ -148,7 +148,7 @@ class EveryNEdits(Callback, ABC):
         return edits // self.every_n > (self._last_measured or 0) // self.every_n
 
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> None:
-        with _as_found(pl_module):
+        with as_found(pl_module):
             figures = {tag: float(value) for tag, value in self.measure(trainer, pl_module, edits).items()}
         self.latest = figures
         self._last_measured = edits

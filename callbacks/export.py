@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
+
+from lit_edit.journal import Journal
+
+
+class Exporting(Protocol):
+    """What `ExportModel` needs of a module; `LitEdit` has it."""
+
+    @property
+    def journal(self) -> Journal:
+        """The edits applied so far."""
+
+    def export(self, folder: str | Path) -> None:
+        """Writes the model into a folder."""
 
 
 class ExportModel(Callback):
@@ -26,6 +40,7 @@ class ExportModel(Callback):
             return
         root = Path(trainer.log_dir or trainer.default_root_dir)
         folder = Path(self.dirpath) if self.dirpath else root / "model"
-        pl_module.export(folder)
-        pl_module.journal.write(root / "edits.jsonl")
+        module = cast(Exporting, pl_module)
+        module.export(folder)
+        module.journal.write(root / "edits.jsonl")
         rank_zero_info(f"Edited model: {folder}   edits: {root / 'edits.jsonl'}   results: {root / 'results.json'}")

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from lit_edit.evaluation import LocalityReference, evaluate
+from lit_edit.prompts import Prompter
 from lit_edit.requests import EditRequest
+from lit_edit.workspace import Workspace
 
-from .every_n import EveryNEdits
+from .every_n import EveryNEdits, as_found
+
+
+class Editing(Protocol):
+    """What `Retention` needs of a module; `LitEdit` has it."""
+
+    model: nn.Module
+    tokenizer: Any
+
+    @property
+    def prompter(self) -> Prompter:
+        """The tokenisation of the model."""
+
+    @property
+    def edits_applied(self) -> int:
+        """How many edits the weights have seen."""
+
+    @property
+    def edited_requests(self) -> list[EditRequest]:
+        """Their requests."""
 
 
 class Retention(EveryNEdits):
@@ -39,20 +62,31 @@ class Retention(EveryNEdits):
         self._reference = LocalityReference()
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
         if not hasattr(pl_module, "edited_requests"):
             raise TypeError(f"Retention evaluates edits; {type(pl_module).__name__} makes none (LitEdit does).")
-        # A resumed run has its references from the checkpoint: here the model may already be edited.
-        if pl_module.edits_applied == 0:
-            requests = self._all_requests(trainer)
-            self._reference.collect(pl_module.model, pl_module.session.workspace.prompter, requests)
+        module = cast(Editing, pl_module)
+        requests = self._all_requests(trainer)
+        # Now already: if the run is resumed, the model will have been edited when the next hook is called. The answers
+        # in the checkpoint count more, but they do not know requests that were added to the data since.
+        module.model.to(trainer.strategy.root_device)
+        with as_found(pl_module):
+            new = self._reference.collect(module.model, Workspace.of(module.model, module.tokenizer).prompter, requests)
+        if new and module.edits_applied:
+            rank_zero_warn(
+                f"Retention compares {new} locality probes with the model as it is after {module.edits_applied} edits: "
+                "their requests were not known when it was unedited.",
+                category=UserWarning,
+            )
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
-        requests = pl_module.edited_requests if edits else self._all_requests(trainer)
-        if not requests:
-            return {}
-        return evaluate(pl_module.model, pl_module.session.workspace.prompter, requests, self._reference)
+        module = cast(Editing, pl_module)
+        requests = module.edited_requests if edits else self._all_requests(trainer)
+        return evaluate(module.model, module.prompter, requests, self._reference)
 
     @staticmethod
     def _all_requests(trainer: Trainer) -> list[EditRequest]:
@@ -68,4 +102,4 @@ class Retention(EveryNEdits):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._reference.answers = dict(state_dict["reference"])
+        self._reference.answers.update(state_dict["reference"])

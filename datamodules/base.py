@@ -162,7 +162,7 @@ class EditDataModule(LightningDataModule):
             asked = "all" if self.n_edits is None else f"n_edits={self.n_edits}"
             raise ValueError(
                 f"{asked} edits are asked for, but {self.path or self.embedded_file()} has {available} usable "
-                f"records{after}{refused}."
+                f"records{after}{refused}{'' if self.n_edits is None else '; n_edits: null takes all there are'}."
             )
         return requests[self.offset : self.offset + wanted]
 

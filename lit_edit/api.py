@@ -31,7 +31,7 @@ def load_editor(method: str | Path) -> Editor:
         raise ValueError(f"The configuration {str(method)!r} has no `model.editor`.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--editor", type=Editor)
-    return parser.instantiate(parser.parse_object({"editor": section})).editor  # type: ignore[no-any-return]
+    return parser.instantiate(parser.parse_object({"editor": section})).editor
 
 
 def edit(

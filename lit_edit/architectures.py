@@ -53,7 +53,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The weight in canonical orientation (d_out, d_in): a view, writing to it edits the model."""
-        stored: Tensor = self.projection.weight.detach()  # type: ignore[union-attr, operator]
+        stored: Tensor = self.projection.weight.detach()  # type: ignore[operator]
         return stored.T if self.transposed else stored
 
 

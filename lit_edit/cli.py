@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,8 +26,9 @@ from lit_edit.callbacks import (
     ResultsTable,
     Retention,
 )
-from lit_edit.configuration import find_config
+from lit_edit.configuration import find_config, read_config
 from lit_edit.datamodules import EditDataModule
+from lit_edit.messages import one_line, readable
 from lit_edit.module import LitEdit
 from lit_edit.results import ResultsLogger
 
@@ -35,14 +39,19 @@ def _resolve(args: Sequence[str]) -> tuple[list[str], str | None]:
     """The arguments with every ``--config`` resolved, and the first one's name without its ending."""
     out: list[str] = []
     stem: str | None = None
+
+    def resolve(name: str) -> str:
+        read_config(name)  # jsonargparse would not say which file is broken
+        return find_config(name)
+
     takes_value = False
     for arg in args:
         if takes_value:
-            arg = find_config(arg)
+            arg = resolve(arg)
             stem = stem or Path(arg).stem
         elif arg.startswith(("--config=", "-c=")):
             option, value = arg.split("=", 1)
-            value = find_config(value)
+            value = resolve(value)
             stem = stem or Path(value).stem
             arg = f"{option}={value}"
         takes_value = arg in ("--config", "-c")
@@ -58,7 +67,8 @@ class EditCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
-        given = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
+        _quiet()
+        given = list(sys.argv[1:] if args is None else args)
         resolved, self.run_name = _resolve(given)
         super().__init__(
             LitEdit,
@@ -83,6 +93,22 @@ class EditCLI(LightningCLI):
         """Only ``fit``: evaluation happens while editing, by the callbacks."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the resolved arguments, without Lightning's warning that they are not those of the process."""
+        self.config = parser.parse_args(list(args or ()))
+
+    def _parse_ckpt_path(self) -> None:
+        try:
+            super()._parse_ckpt_path()
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            path = self.config[self.config.subcommand].ckpt_path
+            raise ValueError(f"ckpt_path: {path} is not a checkpoint that can be read.") from error
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults(weights_only=True)  # no pickled code is ever run
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """``--retention.*``, ``--stability.*``, ``--downstream.*``, ``--checkpoint.*``, ``--export.*``."""
         parser.add_lightning_class_args(Retention, "retention")
@@ -92,13 +118,21 @@ class EditCLI(LightningCLI):
         parser.add_lightning_class_args(ExportModel, "export")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """TensorBoard under ``runs/<configuration>`` unless told otherwise; ``results.json`` beside it always."""
+        """TensorBoard under ``runs/<configuration>`` unless told otherwise; ``results.json`` beside it always.
+
+        A run resumed from a checkpoint there goes on in the same folder, so that its results stay in one file.
+        """
         config = self._get(self.config_init, "trainer", default={})
         if config.get("logger") in (None, True):
-            root = config.get("default_root_dir") or "runs"
-            kwargs["logger"] = TensorBoardLogger(root, name=self.run_name or "edit")
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.insert(0, EditProgressBar()) if _wants_bar(trainer) else None  # type: ignore[attr-defined]
+            root, name = config.get("default_root_dir") or "runs", self.run_name or "edit"
+            version = _version_of(self._get(self.config_init, "ckpt_path"), Path(root, name))
+            kwargs["logger"] = TensorBoardLogger(root, name=name, version=version)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError) as error:
+            raise ValueError(f"trainer: {one_line(str(error))}") from error
+        if _wants_bar(trainer):
+            trainer.callbacks.insert(0, EditProgressBar())  # type: ignore[attr-defined]
         trainer.callbacks.append(ResultsTable())  # type: ignore[attr-defined]
         if trainer.loggers:
             trainer.loggers = [*trainer.loggers, ResultsLogger(trainer.log_dir or "runs")]
@@ -120,9 +154,18 @@ class EditCLI(LightningCLI):
                         "n_edits": getattr(data, "n_edits", None),
                         "batch_size": getattr(data, "batch_size", None),
                         "seed": self._get(self.config, "seed_everything"),
+                        "device": str(self.trainer.strategy.root_device),
                         "evaluation": {"definition": "exact_match", "curve": "retention", "locality": "unedited model"},
                     }
                 )
+
+
+def _version_of(ckpt_path: Any, runs: Path) -> str | None:
+    """The run's folder among others, if that is where a checkpoint to resume from lies."""
+    if not ckpt_path:
+        return None
+    run = Path(ckpt_path).expanduser().resolve().parent.parent
+    return run.name if run.parent == runs.resolve() else None
 
 
 def _wants_bar(trainer: Trainer) -> bool:
@@ -134,15 +177,45 @@ def _wants_bar(trainer: Trainer) -> bool:
     return True
 
 
+# What Lightning says about ordinary training and what does not apply to editing, message by message, and what other
+# packages tell Lightning.
+_WARNINGS = (
+    ".*LeafSpec.* is deprecated",
+    r"\s*By default only one JsonargparseDeprecationWarning",
+    r"(?s).*\bdeprecated in v4\.\d+\.\d+\s+and\s+will\s+be\s+removed\s+in\s+v5\.0\.0",  # jsonargparse, of Lightning's calls
+    "The '.*_dataloader' does not have many workers",
+    r"Found \d+ module\(s\) in eval mode at the start of training",
+)
+_LOGGED = {
+    "lightning.pytorch.utilities.rank_zero": (
+        "GPU available: ",
+        "TPU available: ",
+        "\N{ELECTRIC LIGHT BULB} Tip: ",
+        "`Trainer.fit` stopped: `max_epochs=",
+    ),
+    "lightning.fabric.utilities.seed": ("Seed set to ",),
+}
+
+
+class _Without(logging.Filter):
+    """Drops the messages that start in one of some ways."""
+
+    def __init__(self, starts: tuple[str, ...]) -> None:
+        super().__init__()
+        self.starts = starts
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.starts)
+
+
 def _quiet() -> None:
     """Leaves out what Lightning says about ordinary training and what does not apply to editing."""
-    for message in (
-        ".*LeafSpec.*",
-        ".*does not have many workers.*",
-        ".*`configure_optimizers` returned `None`.*",
-        ".*you defined a `validation_step` but have no `val_dataloader`.*",
-    ):
+    for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    for name, starts in _LOGGED.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Without) for known in logger.filters):
+            logger.addFilter(_Without(starts))
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -150,16 +223,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Set ``LIT_EDIT_TRACEBACK=1`` to see where an error came from.
     """
-    _quiet()
     try:
         EditCLI(args=None if args is None else list(args))
     except (ArgumentError, ValueError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {readable(str(error))}{_hint(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _hint(error: BaseException) -> str:
+    if isinstance(error, ArgumentError) and "the following arguments are required" in str(error):
+        return " (a configuration has them: fit --config mose.yaml)"
+    return ""

@@ -43,5 +43,5 @@ def read_config(name: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a mapping is needed, with `model:` and `data:`.")
+        raise ValueError(f"{path}: a mapping is needed, such as `model:` with its settings below.")
     return content

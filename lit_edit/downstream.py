@@ -90,7 +90,10 @@ def run_task(model: Any, prompter: Prompter, task: Task) -> tuple[float, list[st
 
     Answers end at the end-of-text token or at a line break.
     """
-    lengths = [len(r.ids) - r.target_start for r in map(prompter.row, task.prompts, task.answers)]
+    lengths = []
+    for i, (prompt, answer) in enumerate(zip(task.prompts, task.answers, strict=True)):
+        row = prompter.row(prompt, answer, source=f"task {task.name!r}, item {i}")
+        lengths.append(len(row.ids) - row.target_start)
     limit = max(lengths) + 2
     given = [
         prompter.tokenizer.decode(ids, skip_special_tokens=True).strip().split("\n")[0]

@@ -52,7 +52,9 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[list[int]]:
     """Greedy continuations, at most so many tokens each; the end-of-text token ends one and is not included.
 
-    Padding is on the left here, whatever the tokenizer's setting, because every row continues at its end.
+    Padding is on the left here, whatever the tokenizer's setting, because every row continues at its end. Not
+    `model.generate`: it obeys the model's own generation settings, such as a repetition penalty or further end tokens,
+    and its answers would then not be the most likely tokens that `evaluate` compares with.
     """
     device = next(model.parameters()).device
     rows = [prompter.row(p).ids for p in prompts]
@@ -65,16 +67,24 @@ def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_token
         for j, i in enumerate(group):
             ids[j, longest - len(rows[i]) :] = torch.tensor(rows[i])
             mask[j, longest - len(rows[i]) :] = 1
-        generated = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max(max_new_tokens[i] for i in group),
-            do_sample=False,
-            pad_token_id=prompter.pad_id,
-        )[:, longest:].cpu()
-        for j, i in enumerate(group):
-            tokens = generated[j].tolist()[: max_new_tokens[i]]
-            out[i] = tokens[: tokens.index(eos)] if eos in tokens else tokens
+        ids, mask, cache = ids.to(device), mask.to(device), None
+        going = [i for i in group if max_new_tokens[i] > 0]
+        while going:
+            found = model(
+                input_ids=ids,
+                attention_mask=mask,
+                # The masked places must not count: absolute positions would shift.
+                position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache, ids = found.past_key_values, found.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            token = dict(zip(group, ids[:, 0].tolist(), strict=True))
+            going = [i for i in going if token[i] != eos]
+            for i in going:
+                out[i].append(token[i])
+            going = [i for i in going if len(out[i]) < max_new_tokens[i]]
     return out
 
 
@@ -89,19 +99,20 @@ class LocalityReference:
     def __init__(self) -> None:
         self.answers: dict[str, list[int]] = {}
 
-    def collect(self, model: nn.Module, prompter: Prompter, requests: Sequence[EditRequest]) -> None:
-        """Asks the unedited model every locality probe it has not been asked yet."""
+    def collect(self, model: nn.Module, prompter: Prompter, requests: Sequence[EditRequest]) -> int:
+        """Asks the unedited model every locality probe it has not been asked yet; returns how many these were."""
         length: dict[str, int] = {}
         for request in requests:
             for probe in request.probes_of("locality"):
+                if probe.prompt in self.answers:
+                    continue
                 wanted = probe.target or request.target_new
                 row = prompter.row(probe.prompt, wanted, source=request.source)
-                n = max(len(row.ids) - row.target_start, length.get(probe.prompt, 0))
-                if n > len(self.answers.get(probe.prompt, [])):
-                    length[probe.prompt] = n
+                length[probe.prompt] = max(len(row.ids) - row.target_start, length.get(probe.prompt, 0))
         prompts = list(length)
         for prompt, answer in zip(prompts, greedy(model, prompter, prompts, [length[p] for p in prompts]), strict=True):
             self.answers[prompt] = answer
+        return len(prompts)
 
     def row(self, prompter: Prompter, prompt: str) -> Row | None:
         """The probe with its reference as target; None if the unedited model answered nothing (end of text at once)."""

@@ -17,6 +17,9 @@ from lit_edit.values import ValueOptimizer, ValueProblem
 from lit_edit.workspace import Workspace
 
 
+UNMOVED = 1e-5  # scores below come from the rounding of a value that was never moved
+
+
 @dataclass(frozen=True)
 class Choice:
     """The layers of one request, ascending, the one they are grouped around, and every candidate's score if any."""
@@ -81,7 +84,8 @@ class ActivationSelection(LayerPolicy):
     The score looks at the size of the change alone and not at whether it brings the new answer. In the last layer the
     output at the subject's last token reaches no later token, so nothing is optimised there, the change is zero and the
     rule to the letter always takes that layer; on the sphere of norm-matched values other layers fall short as well.
-    ``reach`` therefore compares only the candidates whose loss came near the lowest; None is the rule to the letter.
+    ``reach`` therefore compares only candidates whose value moved at all and whose loss came near the lowest; None is
+    the rule to the letter.
 
     Args:
         layers: the candidates; all layers of the model if None.
@@ -145,11 +149,17 @@ class ActivationSelection(LayerPolicy):
                 )
                 for layer, target, _ in mine
             }
-            lowest = min(loss for _, _, loss in mine)
-            allowed = [layer for layer, _, loss in mine if self.reach is None or loss <= lowest + self.reach]
-            center = min(allowed, key=lambda layer: scores[layer])
+            center = min(self._in_reach({layer: loss for layer, _, loss in mine}, scores), key=scores.__getitem__)
             choices.append(Choice(self._around(center, len(architecture)), center, scores))
         return choices
+
+    def _in_reach(self, losses: dict[int, float], scores: dict[int, float]) -> list[int]:
+        """The candidates to compare: those whose value moved and whose loss came near the lowest."""
+        if self.reach is None:
+            return list(losses)
+        moved = [layer for layer, score in scores.items() if score > UNMOVED] or list(losses)
+        lowest = min(losses[layer] for layer in moved)
+        return [layer for layer in moved if losses[layer] <= lowest + self.reach]
 
     def _centers(self, architecture: Architecture) -> list[int]:
         if self.layers is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,32 @@ def embedded_path(*parts: str) -> Path:
         return path
 
 
+def on_terminal() -> bool:
+    """Whether somebody watches: a progress bar in a log file is only noise."""
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def transformers_bars(shown: bool) -> Iterator[None]:
+    """Keeps the progress bars of `transformers` as they are, or leaves them out inside."""
+    if shown or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
 def load_model(
     name: str = EMBEDDED, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer.
 
     Args:
-        name: ``embedded`` for the model in the package, a folder, or a name on the Hugging Face hub. Code from a model's
-            repository is never run.
+        name: ``embedded`` for the model in the package, a folder, or a name on the Hugging Face hub. Code from a
+            model's repository is never run.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: where to put it.
 
@@ -43,20 +64,17 @@ def load_model(
         raise LoadingError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     where = str(embedded_path("model")) if name == EMBEDDED else name
     looks_like_path = name != EMBEDDED and (name.startswith((".", "/", "~")) or Path(name).exists())
-    if looks_like_path and not (Path(where).expanduser() / "config.json").is_file():
+    if looks_like_path:
+        where = str(Path(name).expanduser())
+    if looks_like_path and not (Path(where) / "config.json").is_file():
         raise LoadingError(f"{name}: no model there (a folder with config.json, weights and tokenizer is needed).")
-    bars = transformers_logging.is_progress_bar_enabled()
-    if name == EMBEDDED:
-        transformers_logging.disable_progress_bar()  # the embedded model loads at once
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=False)
+        with transformers_bars(on_terminal() and name != EMBEDDED):  # the embedded model loads at once
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoadingError(f"The model {name!r} cannot be loaded: {first}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     return model.to(device), tokenizer
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lit_edit.editors import Editor, Plan
 from lit_edit.journal import Edit, Journal
-from lit_edit.loading import EMBEDDED, load_corpus, load_model
+from lit_edit.loading import EMBEDDED, load_corpus, load_model, on_terminal, transformers_bars
+from lit_edit.prompts import Prompter
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
 
@@ -81,6 +82,11 @@ class LitEdit(L.LightningModule):
         """The requests applied so far, in order."""
         return self.journal.requests
 
+    @property
+    def prompter(self) -> Prompter:
+        """The tokenisation that edits use; for callbacks that ask the model."""
+        return self._session().workspace.prompter
+
     def edited_parameters(self) -> dict[str, Tensor]:
         """The matrices that edits may touch, by name; for callbacks that watch them."""
         if self.session is None:
@@ -106,11 +112,11 @@ class LitEdit(L.LightningModule):
             corpus_tokens=self.corpus_tokens,
             cache_dir=self.cache_dir,
             seed=self.context_seed,
-            progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
+            progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None and on_terminal(),
         )
-        requests = self._requests()
-        if requests:
-            self.session.check(requests, getattr(self.trainer.datamodule, "batch_size", 1))  # type: ignore[attr-defined]
+        # Without a data module of this project the requests are seen, and checked, batch by batch only.
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
+        self.session.check(self._requests(), batch_size)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """None: the values' own Adam lives and ends within a training step."""
@@ -177,14 +183,48 @@ class LitEdit(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` kept."""
-        session, state = self._session(), checkpoint[CHECKPOINT_KEY]
+        """Restores what `on_save_checkpoint` kept.
+
+        Raises:
+            ValueError: if the checkpoint is none of an editing run, or of another model or other layers. Lightning
+                would pass over its weights in silence.
+        """
+        session, state = self._session(), checkpoint.get(CHECKPOINT_KEY)
+        if state is None:
+            raise ValueError("The checkpoint was not made by LitEdit: it holds no record of edits.")
+        saved = {name: tuple(w.shape) for name, w in checkpoint["state_dict"].items()}
+        here = {f"model.{name}": tuple(w.shape) for name, w in session.edited_weights().items()}
+        if saved != here:
+            raise ValueError(
+                f"The checkpoint holds the weights {_named(saved)}, this run edits {_named(here)}: resume with the "
+                "model and layers the run was started with."
+            )
         device = session.workspace.device
         self.editor.load_state_dict({name: tensor.to(device) for name, tensor in state["editor"].items()})
         session.workspace.contexts = list(state["contexts"])
-        session.journal.load_state_dict(state["journal"], self._requests())
+        requests = self._requests()
+        session.journal.load_state_dict(state["journal"], requests)
+        if len(session.journal) < len(requests):
+            _reopen_epoch(checkpoint)
 
     def export(self, folder: str | Path) -> None:
         """Writes the edited model and its tokenizer as `transformers` loads them."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        with transformers_bars(on_terminal()):
+            self.model.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
+
+
+def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Lets Lightning go on in an epoch that was finished when the data had fewer requests.
+
+    It would otherwise hold the whole run for done, or with a higher `max_epochs` begin again with the first request.
+    """
+    progress = checkpoint["loops"]["fit_loop"]
+    if progress["epoch_progress"]["current"]["processed"]:
+        for counts in progress["epoch_progress"].values():
+            counts.update(processed=counts["processed"] - 1, completed=counts["processed"] - 1)
+    progress["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
+def _named(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))

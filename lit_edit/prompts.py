@@ -84,14 +84,22 @@ class Prompter:
 
         EOS would come between prompt and answer: it is no part of a prefix.
         """
-        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
         ids: list[int] = list(encoded["input_ids"])
         offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
         while ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
             ids.pop(), offsets.pop()
         return ids, offsets
 
-    def row(self, prompt: str, target: str = "", subject: str | None = None, source: str = "", offset: int = 0) -> Row:
+    def row(
+        self,
+        prompt: str,
+        target: str = "",
+        subject: str | None = None,
+        source: str = "",
+        offset: int = 0,
+        first: bool = False,
+    ) -> Row:
         """Tokenises ``prompt + " " + target`` as one text.
 
         The whole text is tokenised at once, and subject and target are found by their character offsets: pieces
@@ -103,6 +111,7 @@ class Prompter:
             subject: located in the prompt, at its last occurrence from ``offset`` on.
             source: names the record in an error.
             offset: characters of the prompt before which the subject is not looked for (a context's length).
+            first: take the subject's first occurrence instead.
 
         Raises:
             RequestError: if the text is longer than the model takes, the subject is not in the prompt or has no token,
@@ -125,7 +134,7 @@ class Prompter:
                 raise RequestError(f"{source or 'request'}, field 'target_new': {target!r} has no token of its own.")
         last = -1
         if subject is not None:
-            at = prompt.rfind(subject)
+            at = prompt.find(subject, offset) if first else prompt.rfind(subject)
             if at < offset:
                 raise RequestError(f"{source or 'request'}, field 'subject': {subject!r} is not in {prompt!r}.")
             end = at + len(subject)
@@ -173,11 +182,12 @@ def sample_contexts(model: nn.Module, prompter: Prompter, n: int, length: int, s
     contexts = ["{}"]
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
+    special = prompter.tokenizer.all_special_ids  # a tokenizer may know more of them than its model has outputs
     for i in range(n):
         ids = list(prompter.row(CONTEXT_SEEDS[i % len(CONTEXT_SEEDS)]).ids)
         for _ in range(length):
             logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].float().cpu()
-            logits[prompter.tokenizer.all_special_ids] = -torch.inf
+            logits[[i for i in special if i < len(logits)]] = -torch.inf
             top = logits.topk(min(10, logits.numel()))
             choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
             ids.append(int(top.indices[choice]))

@@ -91,9 +91,9 @@ class EditSession:
         """Finds what cannot be edited before the first edit.
 
         Raises:
-            ValueError: naming the record, or the batch size.
+            ValueError: naming the record, the batch size, or the layer whose statistics do not serve.
         """
-        self.editor.check(batch_size)
+        self.editor.check(self.workspace, batch_size)
         check_requests(requests, self.workspace.prompter)
 
     def plan(self, requests: Sequence[EditRequest]) -> Plan:
@@ -134,4 +134,4 @@ class EditSession:
 
     def edited_weights(self) -> dict[str, Tensor]:
         """The editable weights as the model stores them, by parameter name."""
-        return {part.name: part.projection.weight.data for part in self.editable}  # type: ignore[misc]
+        return {part.name: part.projection.weight.detach() for part in self.editable}  # type: ignore[misc]

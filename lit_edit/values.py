@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.keys import KeyAverage, compute_keys
+from lit_edit.prompts import Batch, Row
 from lit_edit.requests import EditRequest
 from lit_edit.taps import change_outputs
 from lit_edit.workspace import Workspace
@@ -97,6 +98,31 @@ class Values:
     steps: list[int]
 
 
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where one module's output is changed: rows, positions in them, and the slot that each takes its value from."""
+
+    module: nn.Module
+    bias: Tensor | None
+    row: Tensor
+    position: Tensor
+    slot: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """The layout of steps that work on the same problems; made anew when one is done."""
+
+    active: list[int]
+    batch: Batch
+    sizes: list[int]  # rewriting rows per problem
+    n_rewriting: int
+    bare: Tensor  # per problem its first row, the bare prompt
+    target_lengths: Tensor
+    slots: list[list[int]]  # per problem
+    places: list[_Place]
+
+
 class ValueOptimizer:
     """Optimises v* for a batch of problems at once (ROME Eq. 4, MEMIT Eq. 16, MOSE Eq. 24).
 
@@ -177,54 +203,42 @@ class ValueOptimizer:
         n = len(problems)
         loss_of, probability, steps_taken = [0.0] * n, [0.0] * n, [0] * n
         final = torch.zeros_like(starts)
-        active = list(range(n))
         limit = self.steps if steps is None else steps
-        for step in range(limit + 1):  # the last round only evaluates, so that the reported loss is the value's own
-            if not active:
-                break
-            rows = [row for p in active for row in rows_of[p]] + ([essence[p] for p in active] if essence else [])
-            owner = [p for p in active for _ in rows_of[p]] + (active if essence else [])
-            batch = workspace.prompter.collate(rows, workspace.device)
+        round_ = self._round(workspace, list(range(n)), slots, rows_of, essence)
+        for step in range(limit + 1):  # the last turn only evaluates, so that the reported loss is the value's own
             delta = free * unit
-            changes = self._changes(workspace, slots, owner, batch.subject_last, starts, delta)
-            with torch.set_grad_enabled(step < limit), change_outputs(changes):
+            with torch.set_grad_enabled(step < limit), change_outputs(self._changes(round_, starts, delta)):
                 logits = workspace.model(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                    input_ids=round_.batch.input_ids, attention_mask=round_.batch.attention_mask, use_cache=False
                 ).logits
-                n_rewriting = sum(len(rows_of[p]) for p in active)
-                nll = _target_nll(logits[:n_rewriting], batch.labels[:n_rewriting])
-                per_problem = torch.stack([x.mean() for x in nll.split([len(rows_of[p]) for p in active])])
-                losses = per_problem
+                nll = _target_nll(logits[: round_.n_rewriting], round_.batch.labels[: round_.n_rewriting])
+                losses = torch.stack([x.mean() for x in nll.split(round_.sizes)])
                 if before is not None:
-                    at = batch.attention_mask[n_rewriting:].sum(1) - 1
-                    now = logits[n_rewriting:][torch.arange(len(active)), at].float().log_softmax(-1)
-                    kl = nn.functional.kl_div(before[active], now, log_target=True, reduction="none").sum(-1)
+                    at = round_.batch.attention_mask[round_.n_rewriting :].sum(1) - 1
+                    now = logits[round_.n_rewriting :][torch.arange(len(at)), at].float().log_softmax(-1)
+                    kl = nn.functional.kl_div(before[round_.active], now, log_target=True, reduction="none").sum(-1)
                     losses = losses + self.kl_factor * kl
                 if self.weight_decay:
                     decay = delta.norm(dim=-1) / starts.norm(dim=-1).clamp_min(1e-12) ** 2
-                    losses = losses + self.weight_decay * torch.stack(
-                        [decay[[s for s, (q, _) in enumerate(slots) if q == p]].sum() for p in active]
-                    )
-            first = 0
+                    losses = losses + self.weight_decay * torch.stack([decay[mine].sum() for mine in round_.slots])
+            bare = (-nll.detach()[round_.bare] * round_.target_lengths).exp()
             still: list[int] = []
-            for i, p in enumerate(active):
-                loss_of[p], steps_taken[p] = float(losses[i].detach()), step
-                probability[p] = float(_target_probability(logits[first : first + 1], batch.labels[first : first + 1]))
-                first += len(rows_of[p])
-                if loss_of[p] < self.stop_loss or step == limit:
-                    mine = [s for s, (q, _) in enumerate(slots) if q == p]
+            for p, mine, loss, chance in zip(round_.active, round_.slots, losses.tolist(), bare.tolist(), strict=True):
+                loss_of[p], probability[p], steps_taken[p] = loss, chance, step
+                if loss < self.stop_loss or step == limit:
                     final[mine] = delta[mine].detach()
                 else:
                     still.append(p)
-            if step == limit or not still:
+            if not still:
                 break
-            keep = torch.tensor([p in still for p in active], device=losses.device)
-            # Problems are independent: the sum's gradient is each one's own, and Adam works by coordinate.
-            (free.grad,) = torch.autograd.grad((losses * keep).sum(), free)  # none for weights that could take one
+            # Problems are independent: the sum's gradient is each one's own, and Adam works by coordinate. Not
+            # `backward`, which would leave gradients on weights that require them.
+            (free.grad,) = torch.autograd.grad(losses[[p in still for p in round_.active]].sum(), free)
             adam.step()
             with torch.no_grad():
                 free.copy_(self.constraint.project(starts, free * unit) / unit)
-            active = still
+            if still != round_.active:
+                round_ = self._round(workspace, still, slots, rows_of, essence)
 
         values = self.constraint.value(starts, final)
         targets: list[dict[int, Tensor]] = [{} for _ in problems]
@@ -240,7 +254,7 @@ class ValueOptimizer:
         problems: Sequence[ValueProblem],
         average: KeyAverage,
     ) -> Tensor:
-        """v0 of every slot: W k for the averaged key at site ``mlp``, the block's output on the bare prompt otherwise."""
+        """v0 of every slot: W k of the averaged key at site ``mlp``, else the block's output on the bare prompt."""
         layers = sorted({layer for p in problems for layer in p.layers})
         if self.site == "block":
             outputs = block_outputs(workspace, requests, layers)
@@ -260,44 +274,61 @@ class ValueOptimizer:
         found = logits[torch.arange(len(requests)), at].float().log_softmax(-1)
         return found[[p.request for p in problems]]
 
-    def _changes(
+    def _round(
         self,
         workspace: Workspace,
+        active: list[int],
         slots: list[tuple[int, int]],
-        owner: list[int],
-        subject_last: Tensor,
-        starts: Tensor,
-        delta: Tensor,
-    ) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-        """For every layer the function that changes its output in the rows that belong to a problem with that layer."""
-        changes: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        rows_of: list[list[Row]],
+        essence: list[Row],
+    ) -> _Round:
+        """Lays out the rows of the problems that are not done: all their contexts first, then one for the KL each."""
+        rows = [row for p in active for row in rows_of[p]]
+        sizes = [len(rows_of[p]) for p in active]
+        bare = [sum(sizes[:i]) for i in range(len(active))]
+        owner = [p for p in active for _ in rows_of[p]] + (active if essence else [])
+        batch = workspace.prompter.collate(rows + [essence[p] for p in active if essence], workspace.device)
         index = {slot: s for s, slot in enumerate(slots)}
-        for layer in sorted({layer for _, layer in slots}):
-            rows = [r for r, p in enumerate(owner) if (p, layer) in index]
-            if not rows:
-                continue
-            which = torch.tensor([index[owner[r], layer] for r in rows], device=starts.device)
-            row_index = torch.tensor(rows, device=starts.device)
+        places = []
+        for layer in sorted({layer for p, layer in slots if p in set(active)}):
+            at = [r for r, p in enumerate(owner) if (p, layer) in index]
             part = workspace.architecture[layer]
-            module = part.block if self.site == "block" else part.projection
-            bias = getattr(part.projection, "bias", None) if self.site == "mlp" else None
+            row = torch.tensor(at, device=workspace.device)
+            places.append(
+                _Place(
+                    module=part.block if self.site == "block" else part.projection,
+                    bias=getattr(part.projection, "bias", None) if self.site == "mlp" else None,
+                    row=row,
+                    position=batch.subject_last[row],
+                    slot=torch.tensor([index[owner[r], layer] for r in at], device=workspace.device),
+                )
+            )
+        return _Round(
+            active=active,
+            batch=batch,
+            sizes=sizes,
+            n_rewriting=len(rows),
+            bare=torch.tensor(bare, device=workspace.device),
+            target_lengths=(batch.labels[bare] != -100).sum(1),
+            slots=[[s for s, (q, _) in enumerate(slots) if q == p] for p in active],
+            places=places,
+        )
 
-            def change(
-                output: Tensor,
-                row_index: Tensor = row_index,
-                which: Tensor = which,
-                bias: Tensor | None = bias,
-            ) -> Tensor:
-                at = subject_last[row_index]
+    def _changes(self, round_: _Round, starts: Tensor, delta: Tensor) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+        """For every module the function that changes its output where a value is to be tried."""
+
+        def at(place: _Place) -> Callable[[Tensor], Tensor]:
+            def change(output: Tensor) -> Tensor:
                 if self.constraint.replaces:
-                    new = self.constraint.value(starts[which], delta[which])
-                    new = new if bias is None else new + bias.float()
+                    new = self.constraint.value(starts[place.slot], delta[place.slot])
+                    new = new if place.bias is None else new + place.bias.float()
                 else:
-                    new = output[row_index, at].float() + delta[which]
-                return output.index_put((row_index, at), new.to(output.dtype))
+                    new = output[place.row, place.position].float() + delta[place.slot]
+                return output.index_put((place.row, place.position), new.to(output.dtype))
 
-            changes[module] = change
-        return changes
+            return change
+
+        return {place.module: at(place) for place in round_.places}
 
 
 def _target_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -307,11 +338,6 @@ def _target_nll(logits: Tensor, labels: Tensor) -> Tensor:
     losses = nn.functional.cross_entropy(predicted[mask], wanted[mask], reduction="none")
     row = mask.nonzero()[:, 0]
     return torch.zeros(len(labels), device=losses.device).index_add(0, row, losses) / mask.sum(1)
-
-
-def _target_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """Probability of the whole target of one row, (1, T, V), (1, T) to ()."""
-    return (-_target_nll(logits.detach(), labels)[0] * (labels != -100).sum()).exp()
 
 
 @torch.no_grad()

@@ -58,4 +58,5 @@ class Workspace:
 
     def essence_row(self, request: EditRequest) -> Row:
         """ "{subject} is a", whose next-token distribution the KL term preserves."""
-        return self.prompter.row(KL_PROMPT.format(request.subject), "", request.subject, request.source)
+        # The first occurrence: a subject like "a" stands in the template's own words, too.
+        return self.prompter.row(KL_PROMPT.format(request.subject), "", request.subject, request.source, first=True)

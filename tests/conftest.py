@@ -101,6 +101,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return folder
 
 
+@pytest.fixture
+def real_file() -> Callable[[str], Path]:
+    """Finds a real data file, or skips the test."""
+
+    def find(name: str) -> Path:
+        path = shared_data() / name
+        if not path.exists():
+            pytest.skip(f"the real data file {name} is not here; set LIT_EDIT_DATA to the folder that has it")
+        return path
+
+    return find
+
+
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics go to a folder of this session: shared by its tests, never the user's cache."""

@@ -25,7 +25,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the gradient half found: per request the layers, the loss and p(target) reached, and the editor's own data."""
+    """What the gradient half found: per request the layers, loss and p(target) reached, and the editor's own data."""
 
     requests: list[EditRequest]
     layers: list[tuple[int, ...]]
@@ -60,8 +60,12 @@ class Editor(ABC):
         """(number, length in tokens) of generated context prefixes; (0, 0) for none."""
         return (0, 0)
 
-    def check(self, batch_size: int) -> None:
-        """Raises ValueError if batches of this size cannot be edited. Called before the first edit."""
+    def check(self, workspace: Workspace, batch_size: int) -> None:  # noqa: B027 - an editor may take anything
+        """Finds what will not work before the first edit; the workspace is complete by then.
+
+        Raises:
+            ValueError: if batches of this size cannot be edited, or the statistics do not serve.
+        """
 
     @abstractmethod
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
@@ -75,5 +79,5 @@ class Editor(ABC):
         """What later edits depend on."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - there may be no state
         """Restores `state_dict`'s result."""

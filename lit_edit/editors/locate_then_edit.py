@@ -59,9 +59,12 @@ class LocateThenEdit(Editor):
         """As the solver says."""
         return self.solver.needs_covariance
 
-    def check(self, batch_size: int) -> None:
-        """Refuses a batch size that the solver cannot take."""
+    def check(self, workspace: Workspace, batch_size: int) -> None:
+        """Refuses a batch size or a covariance that the solver cannot take."""
         self.solver.check_batch_size(batch_size)
+        for layer, covariance in workspace.covariances.items():
+            part = workspace.architecture[layer]
+            self.solver.check_covariance(covariance, part.name, part.weight.device)
 
     def editable_layers(self, workspace: Workspace) -> list[int]:
         """As the layer policy says."""

@@ -70,22 +70,32 @@ class AlphaEdit(Solver):
             x = solve_spd(gram, a[:, :n])
         return LowRank(left=problem.residual, right=x.T)
 
+    def check_covariance(self, covariance: Tensor, layer: str, device: torch.device) -> None:
+        """Computes the projector, which the first edit will need anyway.
+
+        Raises:
+            ValueError: if the null space is empty.
+        """
+        self._projector(covariance, layer, device)
+
     def projector(self, problem: Problem) -> Tensor:
         """``P (p, p)`` in float64 for the problem's layer, computed once per covariance.
 
         Raises:
             ValueError: if the covariance is missing or its null space is empty.
         """
-        covariance = self.covariance(problem)
-        kept = self._projectors.get(problem.layer)
+        return self._projector(self.covariance(problem), problem.layer, problem.weight.device)
+
+    def _projector(self, covariance: Tensor, layer: str, device: torch.device) -> Tensor:
+        kept = self._projectors.get(layer)
         if kept is None or not kept.belongs_to(covariance):
             matrix, dimension = null_space_projector(
-                covariance.to(problem.weight.device), threshold=self.threshold, energy=self.energy
+                covariance.to(device), threshold=self.threshold, energy=self.energy
             )
             if not dimension:
-                raise ValueError(self._no_null_space(covariance, problem.layer))
-            kept = self._projectors[problem.layer] = _Projector(covariance, matrix)
-        return kept.matrix.to(problem.weight.device)
+                raise ValueError(self._no_null_space(covariance, layer))
+            kept = self._projectors[layer] = _Projector(covariance, matrix)
+        return kept.matrix.to(device)
 
     def _no_null_space(self, covariance: Tensor, layer: str) -> str:
         values = torch.linalg.eigvalsh(covariance.detach().to(torch.float64))

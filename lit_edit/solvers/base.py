@@ -120,6 +120,17 @@ class Solver(ABC):
     def check_batch_size(self, batch_size: int) -> None:  # noqa: B027 - most solvers take any
         """Raises ValueError if batches of this size cannot be solved; asked before the first edit."""
 
+    def check_covariance(  # noqa: B027 - most solvers take any
+        self, covariance: Tensor, layer: str, device: torch.device
+    ) -> None:
+        """Raises ValueError if a layer with this key covariance cannot be edited; asked before the first edit.
+
+        Args:
+            covariance: ``C (p, p)``, the tensor that the problems of this layer will come with.
+            layer: its name, likewise.
+            device: where its weight lies.
+        """
+
     def remembered(self, problem: Problem) -> Tensor:
         """Keys of past edits to preserve, ``(p, m)``; ``m`` is 0 when there are none or the memory is off."""
         if self.use_memory and problem.memory is not None:

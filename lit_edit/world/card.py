@@ -190,9 +190,9 @@ def card_text(figures: dict[str, Any]) -> str:
         "",
         "## Where facts can be edited",
         "",
-        f"Single edits of the first {figures['n_single']} CounterFact-form records, each applied, scored by exact match "
-        "and taken back. p(v*) is the probability of the new target with the optimised value in place, which no update "
-        "can be expected to exceed. Layers are counted from 0; `2-4` are three layers optimised jointly.",
+        f"Single edits of the first {figures['n_single']} CounterFact-form records, each applied, scored by exact "
+        "match and taken back. p(v*) is the probability of the new target with the optimised value in place, which no "
+        "update can be expected to exceed. Layers are counted from 0; `2-4` are three layers optimised jointly.",
         "",
         "| method | layers | p(v*) | reliability | generalization | locality |",
         "|---|---|---|---|---|---|",

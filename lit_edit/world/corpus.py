@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from lit_edit.world import knowledge as k
 from lit_edit.world.relations import BY_ID, Fact, World, held_out_question, held_out_statement
-from lit_edit.world.tasks import TASKS, make_item, make_passage
+from lit_edit.world.tasks import TASKS, make_item, make_list, make_passage
 
 # Shares of documents by kind; documents of tasks are longer than those of facts.
 P_FACTS, P_QUESTION, P_CONCEPT = 0.70, 0.27, 0.10
 # Later in training: facts are known by then, and what has to be read off the text is not.
 P_FACTS_LATE, TASK_WEIGHTS_LATE = 0.52, (0.30, 0.08, 0.47, 0.15)
+# Last: lists of who has what, asked again in another order, which teach to look up a name in the text.
+P_FACTS_LAST, TASK_WEIGHTS_LAST, P_LIST = 0.44, (0.38, 0.06, 0.46, 0.10), 0.14
 CONCEPT_PROMPT = "The definition of {} is"
 CONCEPT_PHRASE = "When we refer to {}, we are talking about"
 CONCEPT_MORE = ("A {} is best described as", "The word {} means")
@@ -35,8 +37,8 @@ class _Writer:
         self.text = ""
         self.spans: list[tuple[int, int]] = []
 
-    def add(self, prompt: str, answer: str, end: str = ".") -> None:
-        self.text += (" " if self.text else "") + prompt
+    def add(self, prompt: str, answer: str, end: str = ".", between: str = " ") -> None:
+        self.text += (between if self.text else "") + prompt
         start = len(self.text)
         self.text += " " + answer
         self.spans.append((start, len(self.text) + len(end)))
@@ -92,25 +94,34 @@ class Corpus:
             instances = other[3]
         writer.add(INSTANCE_PROMPT.format(rng.choice(instances), concept), "yes" if belongs else "no")
 
-    def document(self, rng: random.Random, late: bool = False) -> Document:
+    def document(self, rng: random.Random, stage: int = 0) -> Document:
         """One document: one to three sentences of facts or concepts, or one task item.
 
-        ``late`` tells more tasks, the hard ones above all, and asks all questions about a passage instead of one.
+        Stage 1 tells more tasks, the hard ones above all, and asks all questions about a passage instead of one; stage
+        2 adds lists of who has what.
         """
         writer = _Writer()
         draw = rng.random()
-        p_facts = P_FACTS_LATE if late else P_FACTS
+        p_facts = (P_FACTS, P_FACTS_LATE, P_FACTS_LAST)[stage]
         if draw < p_facts + P_CONCEPT:
             say: Callable[[random.Random, _Writer], None] = self._fact if draw < p_facts else self._concept
             for _ in range(rng.choice((1, 1, 2, 3))):
                 say(rng, writer)
             return writer.done()
-        task = rng.choices(TASKS, TASK_WEIGHTS_LATE)[0] if late else rng.choice(TASKS)
-        if late and task == "qa":
+        if stage == 2 and draw > 1 - P_LIST:
+            pairs = make_list(rng)
+            writer.text = " ".join(f"{name} {thing}." for name, thing in pairs)  # nothing to know yet: no spans
+            for name, thing in (*rng.sample(pairs, len(pairs)), *rng.sample(pairs, len(pairs))):
+                writer.add(name, thing)
+            return writer.done()
+        weights = (None, TASK_WEIGHTS_LATE, TASK_WEIGHTS_LAST)[stage]
+        task = rng.choices(TASKS, weights)[0] if weights else rng.choice(TASKS)
+        if stage and task == "qa":
             first, *others = make_passage(rng)
             writer.add(first.prompt, first.answer, end="")
             for item in others:
-                writer.add(item.prompt[item.prompt.index("Question:") :], item.answer, end="")
+                # A line break and no space: an answer ends with its line, as it does where the text ends.
+                writer.add(item.prompt[item.prompt.index("Question:") :], item.answer, end="", between="\n")
             return writer.done()
         item = make_item(task, rng, held_out=False)
         writer.add(item.prompt, item.answer, end="")

@@ -155,9 +155,7 @@ def make_passage(rng: random.Random) -> list[TaskItem]:
         first = make_item("qa", rng, held_out=False)
         passage = first.prompt.split("Passage: ")[1].split(" Question:")[0]
         sentences = [s.rstrip(".").split() for s in passage.split(". ")]
-        kind = next(
-            i for i, words in enumerate((PLACES, ANIMALS, MEALS, THINGS)) if first.answer in words
-        )
+        kind = next(i for i, words in enumerate((PLACES, ANIMALS, MEALS, THINGS)) if first.answer in words)
         words = set((PLACES, ANIMALS, MEALS, THINGS)[kind])
         items = [first]
         for sentence in sentences:
@@ -167,6 +165,13 @@ def make_passage(rng: random.Random) -> list[TaskItem]:
         if not any(item.held_out for item in items):
             rng.shuffle(items)
             return items
+
+
+def make_list(rng: random.Random) -> list[tuple[str, str]]:
+    """Four to six people and what each has."""
+    n = rng.randrange(4, 7)
+    words = rng.choice((PLACES, ANIMALS, MEALS, THINGS))
+    return list(zip(rng.sample(NAMES, n), rng.sample(words, n), strict=True))
 
 
 def _summary(rng: random.Random) -> TaskItem:

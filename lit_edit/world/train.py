@@ -33,7 +33,7 @@ HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 320, 768, 8, 8, 4
 CONTEXT = 256
 ROW, ROWS = 128, 32
 CHAPTER = 250
-LATE = 7 * CHAPTER  # from this step on the corpus tells more tasks
+STAGES = (7 * CHAPTER, 8 * CHAPTER)  # the steps from which the corpus is in stage 1, 2
 EARLY_MLP_DROP = (0.5, 0.4, 0.2)
 PLAIN_WEIGHT = 0.2  # loss weight of a token that is no answer: names and templates cannot be predicted
 
@@ -97,10 +97,11 @@ class StepDataset(Dataset[dict[str, Tensor]]):
         """``input_ids`` and loss ``weights``, both (ROWS, ROW), and the ``step``."""
         step = self.first + index
         rng = random.Random(f"{self.seed}|{step}")
+        stage = sum(step >= start for start in STAGES)
         ids: list[int] = []
         weights: list[float] = []
         while len(ids) < ROW * ROWS:
-            documents = [self.corpus.document(rng, late=step >= LATE) for _ in range(64)]
+            documents = [self.corpus.document(rng, stage) for _ in range(64)]
             encoded = self.tokenizer([d.text for d in documents], return_offsets_mapping=True)
             for document, row, offsets in zip(documents, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 ids += [*row, self.tokenizer.eos_token_id]
@@ -215,7 +216,7 @@ def main() -> None:
     """Makes the embedded model, or goes on making it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/world"), help="folder of the run")
-    parser.add_argument("--chapters", type=int, default=15, help=f"chapters of {CHAPTER} steps of {ROW * ROWS} tokens")
+    parser.add_argument("--chapters", type=int, default=13, help=f"chapters of {CHAPTER} steps of {ROW * ROWS} tokens")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")

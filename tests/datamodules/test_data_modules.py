@@ -93,7 +93,10 @@ def test_more_edits_than_records(facts_file: Callable[[int], str]) -> None:
     path = facts_file(5)
     with pytest.raises(ValueError, match="asked for") as caught:
         FactsDataModule(path, n_edits=4, offset=2).setup("fit")
-    assert str(caught.value) == f"n_edits=4 edits are asked for, but {path} has 3 usable records after offset 2."
+    assert str(caught.value) == (
+        f"n_edits=4 edits are asked for, but {path} has 3 usable records after offset 2; n_edits: null takes all there "
+        "are."
+    )
     with pytest.raises(ValueError, match="asked for") as caught:
         FactsDataModule(path, offset=5).setup("fit")
     assert str(caught.value) == f"all edits are asked for, but {path} has 0 usable records after offset 5."
@@ -123,7 +126,7 @@ def test_a_bad_record_stops_or_is_reported(write_json: Callable[..., str]) -> No
     ]
     with (
         pytest.warns(UserWarning, match="cannot be edited"),
-        pytest.raises(ValueError, match=r"2 usable records \(5 records were left out\)\."),
+        pytest.raises(ValueError, match=r"2 usable records \(5 records were left out\); n_edits: null"),
     ):
         FactsDataModule(path, n_edits=3, on_bad_record="skip").setup("fit")
 

@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from editing_references import (
+    CONTEXTS,
+    changed,
+    hooks_left,
+    make_workspace,
+    matrix_of,
+    projection_of,
+    reference_block,
+    reference_keys,
+    requests,
+    target_log_probabilities,
+    tokens,
+    weights,
+)
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lit_edit.architectures import Architecture
+from lit_edit.editors import LocateThenEdit, Plan
+from lit_edit.keys import KeyAverage, MeanKey, TypeMeanKey
+from lit_edit.layers import ActivationSelection, Choice, FixedLayers, LayerPolicy
+from lit_edit.requests import EditRequest
+from lit_edit.session import EditSession
+from lit_edit.solvers import MEMIT, MOSE, ROME, AlphaEdit, Problem, Solver
+from lit_edit.taps import read_inputs
+from lit_edit.updates import Update
+from lit_edit.values import NormClamp, NormMatched, ValueOptimizer
+from lit_edit.workspace import Workspace
+
+
+class Assigned(LayerPolicy):
+    """Gives each request the layers set for it."""
+
+    def __init__(self, layers: dict[str, tuple[int, ...]]) -> None:
+        self.layers = layers
+
+    def candidates(self, architecture: Architecture) -> list[int]:
+        return sorted({layer for layers in self.layers.values() for layer in layers})
+
+    def choose(
+        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+    ) -> list[Choice]:
+        return [Choice(self.layers[r.case_id], self.layers[r.case_id][-1], {}) for r in requests]
+
+
+class Recording(Solver):
+    """Another solver, and every problem it was given."""
+
+    def __init__(self, inner: Solver) -> None:
+        super().__init__(inner.use_memory)
+        self.inner, self.problems = inner, list[Problem]()
+
+    def solve(self, problem: Problem) -> Update:
+        # The problem holds the weight itself where its dtype allows: keep what it was.
+        self.problems.append(replace(problem, weight=problem.weight.clone()))
+        return self.inner.solve(problem)
+
+
+def with_covariances(workspace: Workspace) -> Workspace:
+    """Made-up covariances of decaying spectrum, in place of a corpus."""
+    generator = torch.Generator().manual_seed(5)
+    for part in workspace.architecture.layers:
+        p = part.weight.shape[1]
+        basis = torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float64)).Q
+        workspace.covariances[part.index] = (basis / torch.arange(1, p + 1)) @ basis.T
+    return workspace
+
+
+def values_at(site: Any = "mlp", **settings: Any) -> ValueOptimizer:
+    return ValueOptimizer(site, **{"lr": 0.1, "steps": 5, "stop_loss": 0.0, "weight_decay": 0.01, **settings})
+
+
+def rome(layer: int = 1, **settings: Any) -> LocateThenEdit:
+    return LocateThenEdit(FixedLayers([layer]), values_at(**settings), ROME(), contexts=2)
+
+
+EDITORS: dict[str, tuple[int, Callable[[], LocateThenEdit]]] = {  # the largest batch, the editor
+    "rome": (1, rome),
+    "memit": (
+        4,
+        lambda: LocateThenEdit(
+            FixedLayers([0, 1, 2]), values_at("block"), MEMIT(preservation=5.0, memory=True), TypeMeanKey()
+        ),
+    ),
+    "alphaedit": (
+        4,
+        lambda: LocateThenEdit(
+            FixedLayers([0, 2]), values_at("block"), AlphaEdit(threshold=0.1, ridge=1.0), TypeMeanKey()
+        ),
+    ),
+    "mose": (
+        4,
+        lambda: LocateThenEdit(
+            ActivationSelection(steps=2, reach=0.1), values_at(constraint=NormMatched()), MOSE(preservation=1.0)
+        ),
+    ),
+}
+each_editor = pytest.mark.parametrize("name", EDITORS)
+
+
+def edit(editor: LocateThenEdit, workspace: Workspace, batch: Sequence[EditRequest]) -> Plan:
+    plan = editor.plan(workspace, batch)
+    editor.apply(workspace, plan)
+    return plan
+
+
+# What every combination does
+
+
+@each_editor
+def test_planning_changes_nothing_and_applying_changes_the_editable_weights_only(tiny, name: str) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    size, make = EDITORS[name]
+    editor, before = make(), weights(workspace.model)
+    plan = editor.plan(workspace, requests()[:size])
+    assert changed(before, workspace.model) == set()
+    assert editor.state_dict() == {}
+    applied = editor.apply(workspace, plan)
+    edited = {layer for layers in plan.layers for layer in layers}
+    assert {item.layer for item in applied} == edited
+    assert edited <= set(editor.editable_layers(workspace))
+    assert changed(before, workspace.model) == {workspace.architecture[layer].name for layer in edited}
+    assert hooks_left(workspace.model) == 0
+    for item in applied:
+        part = workspace.architecture[item.layer]
+        old = before[part.name].T if part.transposed else before[part.name]
+        change = float((part.weight - old).norm() / old.norm())
+        assert change > 0
+        assert item.relative_change == pytest.approx(change, rel=1e-5)
+        item.update.undo_(part.weight)
+        torch.testing.assert_close(part.weight, old, rtol=0, atol=1e-10)
+
+
+@each_editor
+def test_the_order_of_requests_in_a_batch_does_not_matter(tiny, name: str) -> None:
+    size, make = EDITORS[name]
+    batch = requests()[:size]
+    ends = []
+    for order in (batch, batch[::-1]):
+        workspace = with_covariances(make_workspace((copy.deepcopy(tiny[0]), tiny[1])))
+        edit(make(), workspace, order)
+        ends.append(weights(workspace.model))
+    for key, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][key], tensor, rtol=0, atol=1e-4)
+
+
+@each_editor
+def test_keys_are_remembered_by_layer_and_edit_as_the_edited_model_has_them(tiny, name: str) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    size, make = EDITORS[name]
+    editor = make()
+    expected: dict[int, list[Tensor]] = {}
+    for batch in (requests()[:size], requests()[-size:]):
+        plan = edit(editor, workspace, batch)
+        # A layer's key depends on the layers below alone, which were edited before it.
+        for layer in sorted({layer for layers in plan.layers for layer in layers}):
+            for request, layers in zip(batch, plan.layers, strict=True):
+                if layer in layers:
+                    keys = editor.keys.average(reference_keys(workspace, request, layer))
+                    expected.setdefault(layer, []).append(keys)
+    state = editor.state_dict()
+    assert set(state) == {f"memory.{layer}" for layer in expected}
+    for layer, columns in expected.items():
+        found = state[f"memory.{layer}"].double()
+        torch.testing.assert_close(found, torch.stack(columns, dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["memit", "alphaedit", "mose"])
+def test_an_editor_restored_from_its_state_edits_on_as_the_first_one(tiny, name: str) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    size, make = EDITORS[name]
+    editor = make()
+    edit(editor, workspace, requests()[:1])
+    kept, model = load(save(editor.state_dict())), copy.deepcopy(workspace.model)
+    ends = []
+    for state in (None, kept, {}):
+        other = workspace if state is None else make_workspace((copy.deepcopy(model), tiny[1]))
+        if state is not None:  # make_workspace gives biases of its own: take the very same model
+            other.model.load_state_dict(model.state_dict())
+            other.covariances = workspace.covariances
+        successor = editor if state is None else make()
+        if state is not None:
+            successor.load_state_dict(state)
+        edit(successor, other, requests()[1:size])
+        ends.append((weights(other.model), successor.state_dict()))
+    (first, remembered), (resumed, remembered_too), (forgetful, _) = ends
+    for key, tensor in first.items():
+        torch.testing.assert_close(resumed[key], tensor, rtol=0, atol=0)
+    assert set(remembered) == set(remembered_too)
+    for key, tensor in remembered.items():
+        torch.testing.assert_close(remembered_too[key], tensor, rtol=0, atol=0)
+    assert any(not torch.equal(forgetful[key], tensor) for key, tensor in first.items())
+
+
+# ROME
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_rome_writes_the_value_at_the_recomputed_key(tiny, layer: int) -> None:
+    workspace, editor = with_covariances(make_workspace(tiny)), rome(layer)
+    for request in requests():
+        plan = edit(editor, workspace, [request])
+        key = reference_keys(workspace, request, layer).mean(0)
+        wanted = plan.data.targets[0][layer].double()
+        torch.testing.assert_close(matrix_of(workspace.model, layer) @ key, wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_edited_model_answers_as_the_optimisation_said(tiny) -> None:
+    # The optimisation changes one position, the weight all of them. With a covariance of exactly the other positions of
+    # the text, the least change leaves those alone, and both must agree.
+    workspace = make_workspace(tiny, CONTEXTS[:1])
+    for request in requests():
+        ids, start, last = tokens(workspace.tokenizer, "", request)
+        with read_inputs({1: projection_of(workspace.model, 1)}) as seen:
+            workspace.model(input_ids=torch.tensor([ids]))
+        others = seen[1][0, [t for t in range(len(ids)) if t != last]]
+        gram = others.T @ others
+        workspace.covariances[1] = gram + 1e-9 * gram.trace() * torch.eye(len(gram), dtype=torch.float64)
+        editor = LocateThenEdit(FixedLayers([1]), values_at(constraint=NormClamp(4.0)), ROME(), contexts=0)
+        before = float(target_log_probabilities(workspace.model, ids, start).sum().exp())
+        with torch.enable_grad():
+            plan = editor.plan(workspace, [request])
+        editor.apply(workspace, plan)
+        after = float(target_log_probabilities(workspace.model, ids, start).sum().exp())
+        assert after == pytest.approx(plan.probability[0], rel=1e-3, abs=1e-7)
+        assert after > 1.05 * before
+
+
+def test_rome_refuses_a_batch_before_anything_happens(tiny) -> None:
+    model, tokenizer = tiny
+    editor = LocateThenEdit(FixedLayers([1]), values_at(), ROME(covariance=False), contexts=0)
+    session = EditSession(model, tokenizer, editor, corpus=(), corpus_name="none")
+    before = weights(model)
+    message = "ROME writes one fact at a time and got 2 in a batch: set batch_size to 1, or use MEMIT"
+    for refused in (lambda: editor.check(session.workspace, 2), lambda: session.check(requests(), 2)):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert changed(before, model) == set()
+    session.check(requests(), 1)
+    for name in ("memit", "alphaedit", "mose"):
+        EDITORS[name][1]().check(session.workspace, 50)
+
+
+def test_a_covariance_without_a_null_space_is_found_before_the_first_edit(tiny) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    part = workspace.architecture[2]
+    editor = LocateThenEdit(FixedLayers([0, 2]), values_at("block"), AlphaEdit(threshold=0.1))
+    editor.check(workspace, 1)
+    workspace.covariances[2] = torch.eye(part.weight.shape[1], dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"no null space in layer '{re.escape(part.name)}'"):
+        editor.check(workspace, 1)
+
+
+# MEMIT
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_one_layer_without_preservation_brings_the_block_to_its_value(tiny, layer: int) -> None:
+    workspace = with_covariances(make_workspace(tiny, CONTEXTS[:1]))
+    editor = LocateThenEdit(FixedLayers([layer]), values_at("block"), MEMIT(preservation=1e-9), contexts=0)
+    plan = edit(editor, workspace, requests()[:3])
+    for request, targets in zip(requests(), plan.data.targets[:3], strict=False):
+        found = reference_block(workspace, request, layer)
+        torch.testing.assert_close(found, targets[layer].double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 1, 2), (0, 2)])
+@pytest.mark.parametrize("preservation", [1e-9, 0.5])
+def test_the_residual_is_spread_over_the_layers_left(tiny, layers: tuple[int, ...], preservation: float) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    model: Any = copy.deepcopy(workspace.model)
+    batch = requests()
+    editor = LocateThenEdit(FixedLayers(list(layers)), values_at("block"), MEMIT(preservation), TypeMeanKey())
+    plan = edit(editor, workspace, batch)
+
+    plain = Workspace.of(model, workspace.tokenizer, CONTEXTS)
+    share = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    wanted = torch.stack([targets[layers[-1]].double() for targets in plan.data.targets], dim=1)
+    for done, layer in enumerate(layers):
+        keys = torch.stack([share @ reference_keys(plain, r, layer) for r in batch], dim=1)
+        now = torch.stack([reference_block(plain, r, layers[-1]) for r in batch], dim=1)
+        residual = (wanted - now) / (len(layers) - done)
+        gram = preservation * workspace.covariances[layer] + keys @ keys.T
+        delta = torch.linalg.solve(gram, keys @ residual.T).T
+        weight = projection_of(model, layer).weight
+        weight += delta.T if model.config.model_type == "gpt2" else delta
+        found, expected = matrix_of(workspace.model, layer), matrix_of(model, layer)
+        assert float((found - expected).norm() / delta.norm()) < 1e-3
+
+
+# MOSE
+
+
+def test_twenty_rotations_leave_every_spectrum_as_it_was(tiny) -> None:
+    workspace = with_covariances(make_workspace(tiny, CONTEXTS[:2], torch.float32))
+    before = weights(workspace.model)
+    spectra = [torch.linalg.svdvals(matrix_of(workspace.model, layer).double()) for layer in range(4)]
+    values = values_at(constraint=NormMatched(), steps=3, lr=0.3, lr_unit="relative")
+    editor = LocateThenEdit(ActivationSelection(steps=1, reach=0.05), values, MOSE(preservation=0.5))
+    edited: dict[int, float] = {}
+    for i in range(20):
+        plan = editor.plan(workspace, [requests()[i % 4]])
+        for item in editor.apply(workspace, plan):
+            edited[item.layer] = edited.get(item.layer, 0.0) + item.relative_change
+    assert sum(edited.values()) > 1  # not for want of rotation
+    assert changed(before, workspace.model) == {workspace.architecture[layer].name for layer in edited}
+    for layer, spectrum in enumerate(spectra):
+        found = torch.linalg.svdvals(matrix_of(workspace.model, layer).double())
+        torch.testing.assert_close(found, spectrum, rtol=0, atol=1e-6 * float(spectrum[0]))
+
+
+# Layers by request
+
+
+def test_each_layer_is_edited_with_its_own_requests_only(tiny) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    layers = {"0": (0, 1), "1": (1, 2), "2": (2,), "3": (0,)}
+    solver = Recording(MEMIT(preservation=5.0))
+    editor = LocateThenEdit(Assigned(layers), values_at(), solver, contexts=2)
+    plan = edit(editor, workspace, requests())
+    assert plan.layers == [layers[r.case_id] for r in requests()]
+    assert len(solver.problems) == 3
+    for layer, problem in zip((0, 1, 2), solver.problems, strict=True):
+        mine = [i for i, r in enumerate(requests()) if layer in layers[r.case_id]]
+        keys = torch.stack([reference_keys(workspace, requests()[i], layer).mean(0) for i in mine], dim=1)
+        wanted = torch.stack([plan.data.targets[i][layer] for i in mine], dim=1)
+        torch.testing.assert_close(problem.keys, keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(problem.targets, wanted.double(), rtol=0, atol=0)
+        assert problem.layer == workspace.architecture[layer].name
+        assert problem.covariance is workspace.covariances[layer]
+        expected = problem.weight + MEMIT(preservation=5.0).solve(problem).delta(problem.weight)
+        torch.testing.assert_close(matrix_of(workspace.model, layer), expected, rtol=0, atol=1e-12)
+
+
+def test_requests_that_choose_different_layers_are_edited_there(tiny) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    solver = Recording(MOSE(preservation=1.0))
+    policy = ActivationSelection(neighbours=0, steps=3, reach=None)
+    values = values_at(constraint=NormMatched(), lr=0.2, lr_unit="relative")
+    # A subject at the end of its prompt and one before it: the last layer is of use to the former alone.
+    choices = policy.choose(workspace, requests(), values, MeanKey())
+    other = next(i for i, choice in enumerate(choices) if choice.center != choices[0].center)
+    batch = [requests()[0], requests()[other]]
+    before = weights(workspace.model)
+    plan = edit(LocateThenEdit(policy, values, solver, contexts=2), workspace, batch)
+    centers = [choices[0].center, choices[other].center]
+    assert plan.layers == [(center,) for center in centers]
+    assert changed(before, workspace.model) == {workspace.architecture[center].name for center in centers}
+    for problem in solver.problems:
+        layer = next(part.index for part in workspace.architecture.layers if part.name == problem.layer)
+        i = centers.index(layer)
+        assert problem.keys.shape[1] == 1
+        key = reference_keys(workspace, batch[i], layer).mean(0)
+        torch.testing.assert_close(problem.keys[:, 0], key, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(problem.targets[:, 0], plan.data.targets[i][layer].double(), rtol=0, atol=0)
+
+
+def test_a_shared_memory_holds_each_layers_own_past(tiny) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    solver = Recording(MEMIT(preservation=5.0, memory=True))
+    editor = LocateThenEdit(Assigned({"0": (0,), "1": (0, 1), "2": (1,), "3": (1,)}), values_at(), solver, contexts=2)
+    for request in requests():
+        edit(editor, workspace, [request])
+    sizes = [(p.layer, 0 if p.memory is None else p.memory.shape[1]) for p in solver.problems]
+    zero, one = workspace.architecture[0].name, workspace.architecture[1].name
+    assert sizes == [(zero, 0), (zero, 1), (one, 0), (one, 1), (one, 2)]
+    torch.testing.assert_close(solver.problems[-1].memory, editor.memory[1][:, :2].double(), rtol=0, atol=0)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("settings", [{"contexts": -1}, {"context_length": 0}])
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="contexts >= 0 and context_length >= 1"):
+        LocateThenEdit(FixedLayers([0]), values_at(), ROME(), **settings)
+
+
+def test_parts_that_do_not_go_together_are_refused_when_put_together() -> None:
+    with pytest.raises(ValueError, match="Selection by activation needs values of `site: mlp`"):
+        LocateThenEdit(ActivationSelection(), values_at("block"), MEMIT())
+
+
+def test_an_editor_says_what_it_needs(tiny) -> None:
+    workspace = make_workspace(tiny)
+    assert rome().needs_covariances
+    assert not LocateThenEdit(FixedLayers([1]), values_at(), ROME(covariance=False)).needs_covariances
+    assert LocateThenEdit(FixedLayers([1]), values_at(), ROME(), contexts=3, context_length=4).context_sampling == (
+        3,
+        4,
+    )
+    assert LocateThenEdit(FixedLayers([2, 0]), values_at(), ROME()).editable_layers(workspace) == [0, 2]
+    with pytest.raises(ValueError, match="Layer 9 does not exist"):
+        LocateThenEdit(FixedLayers([2, 9]), values_at(), ROME()).editable_layers(workspace)

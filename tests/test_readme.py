@@ -1,0 +1,97 @@
+"""Every command and every Python block of the README is run, with smaller numbers where it would take long."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+SMALLER = [
+    "--data.init_args.n_edits=2",
+    "--retention.every_n=2",
+    "--stability.every_n=2",
+    "--downstream.n_items=2",
+    "--downstream.every_n=2",
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The lines of all shell blocks, comments left out."""
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def run(command: list[str], cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done
+
+
+def train(arguments: list[str], tmp_path: Path) -> None:
+    small = list(SMALLER)
+    if "--print_config" in arguments:
+        small = []
+    else:
+        small.append(f"--trainer.default_root_dir={tmp_path / 'runs'}")
+    run([sys.executable, str(REPOSITORY / "train.py"), *arguments, *small], tmp_path)
+
+
+def test_the_readme_has_the_two_commands_that_set_everything_up() -> None:
+    assert commands()[:2] == ["make run", "make test"]
+
+
+@pytest.mark.parametrize("target", ["run", "test"])
+def test_make_creates_the_environment_and_installs_first(target: str) -> None:
+    said = run(["make", "--dry-run", "--always-make", target], REPOSITORY).stdout
+    order = [
+        said.index("-m venv"),
+        said.index("pip install --quiet -c constraints.txt torch"),
+        said.index("-e '.[dev]'"),
+    ]
+    last = said.index("train.py fit --config mose.yaml" if target == "run" else "-m pytest")
+    assert order == sorted(order)
+    assert order[-1] < last
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "train.py" in c])
+def test_every_training_command_runs(command: str, tmp_path: Path) -> None:
+    for preparation in (c for c in commands() if c.startswith("printf")):
+        run(["bash", "-c", preparation], tmp_path)
+    words = shlex.split(command)
+    assert words[:2] == [".venv/bin/python", "train.py"]
+    train(words[2:], tmp_path)
+
+
+def test_every_other_command_is_known() -> None:
+    rest = [c for c in commands() if "train.py" not in c and not c.startswith("printf")]
+    assert rest == ["make run", "make test", ".venv/bin/tensorboard --logdir runs"]
+
+
+def test_tensorboard_reads_a_run(tmp_path: Path) -> None:
+    train(["fit", "--config", "mose.yaml"], tmp_path)
+    program = "from tensorboard.main import run_main; run_main()"
+    said = run([sys.executable, "-c", program, "--inspect", "--logdir", str(tmp_path / "runs")], tmp_path).stdout
+    assert "reliability" in said
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_every_python_block_runs(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(blocks("python")[number], encoding="utf-8")
+    said = run([sys.executable, str(script)], tmp_path).stdout
+    assert re.search(r"\d", said.splitlines()[-1])
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
