@@ -61,7 +61,7 @@ def with_means(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "downstream": sum(scores) / len(scores)} if scores else record
 
 
-def table(results: dict[str, Results]) -> str:
+def table(results: dict[str, Results], out: Path) -> str:
     """Markdown: one row per method, at its last evaluation, and the unedited model."""
     lines = ["| | " + " | ".join([*COLUMNS.values(), "s per edit"]) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
 
@@ -72,7 +72,7 @@ def table(results: dict[str, Results]) -> str:
     lines.append(row("before", first, ""))
     for name, result in results.items():
         last = with_means(result.records[-1])
-        edits = [json.loads(line) for line in (folder_of(name) / "edits.jsonl").read_text().splitlines()]
+        edits = [json.loads(line) for line in (out / name / "edits.jsonl").read_text().splitlines()]
         lines.append(row(name, last, f"{sum(e['seconds'] for e in edits) / len(edits):.2f}"))
     return "\n".join(lines) + "\n"
 
@@ -99,32 +99,30 @@ def figure(results: dict[str, Results], path: Path) -> None:
     plt.close(fig)
 
 
-def folder_of(name: str) -> Path:
-    return ROOT / "runs" / "compare" / name
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=["mose.yaml", "rome.yaml", "memit.yaml", "alphaedit.yaml"])
     parser.add_argument("--n_edits", type=int, default=100)
     parser.add_argument("--every_n", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "compare", help="folder of the runs and the table")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "four-methods.png")
     parser.add_argument("--fresh", action="store_true", help="repeat runs that are complete")
     args, extra = parser.parse_known_args()
     results: dict[str, Results] = {}
     for config in args.configs:
         name = Path(config).stem
-        if args.fresh or complete(folder_of(name), args.n_edits) is None:
-            run(config, folder_of(name), args.n_edits, args.every_n, extra)
-        found = complete(folder_of(name), args.n_edits)
+        folder = args.out.resolve() / name
+        if args.fresh or complete(folder, args.n_edits) is None:
+            run(config, folder, args.n_edits, args.every_n, extra)
+        found = complete(folder, args.n_edits)
         if found is None:
-            raise SystemExit(f"The run of {config} left no complete results in {folder_of(name)}.")
+            raise SystemExit(f"The run of {config} left no complete results in {folder}.")
         results[name] = found
-    text = table(results)
-    (ROOT / "runs" / "compare" / "table.md").write_text(text)
+    text = table(results, args.out)
+    (args.out / "table.md").write_text(text)
     figure(results, args.figure)
     print(text)
-    print(f"figure: {args.figure}   table: {ROOT / 'runs' / 'compare' / 'table.md'}")
+    print(f"figure: {args.figure}   table: {args.out / 'table.md'}")
 
 
 if __name__ == "__main__":

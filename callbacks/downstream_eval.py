@@ -46,11 +46,13 @@ class DownstreamEval(EveryNEdits):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not hasattr(pl_module, "model") or not hasattr(pl_module, "tokenizer"):
+        if self.tasks and not (hasattr(pl_module, "model") and hasattr(pl_module, "tokenizer")):
             raise TypeError(f"DownstreamEval needs `model` and `tokenizer` in {type(pl_module).__name__}.")
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
+        if not self.tasks:
+            return {}
         limit = getattr(getattr(pl_module.model, "config", None), "max_position_embeddings", None) or 1_000_000
         prompter = Prompter(pl_module.tokenizer, int(limit))
         return {f"downstream/{task.name}": run_task(pl_module.model, prompter, task)[0] for task in self.tasks}

@@ -182,7 +182,7 @@ def _wants_bar(trainer: Trainer) -> bool:
 _WARNINGS = (
     ".*LeafSpec.* is deprecated",
     r"\s*By default only one JsonargparseDeprecationWarning",
-    r"(?s).*\bdeprecated in v4\.\d+\.\d+\s+and\s+will\s+be\s+removed\s+in\s+v5\.0\.0",  # jsonargparse, of Lightning's calls
+    r"(?s).*\bdeprecated in v4\.\d+\.\d+\s+and\s+will\s+be\s+removed\s+in\s+v5\.0\.0",
     "The '.*_dataloader' does not have many workers",
     r"Found \d+ module\(s\) in eval mode at the start of training",
 )

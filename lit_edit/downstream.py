@@ -74,6 +74,8 @@ def load_tasks(path: str = EMBEDDED, names: Sequence[str] | None = None, n_items
     for name in content if names is None else names:
         if name not in content:
             raise TaskFileError(f"{path} has no task {name!r}; it has {', '.join(content)}.")
+        if not isinstance(content[name], list):
+            raise TaskFileError(f"{path}, task {name!r}: a list of items is needed.")
         items = content[name][:n_items]
         for i, item in enumerate(items):
             for field in ("prompt", "answer"):

@@ -16,7 +16,6 @@ from lit_edit.requests import EditRequest
 from lit_edit.values import ValueOptimizer, ValueProblem
 from lit_edit.workspace import Workspace
 
-
 UNMOVED = 1e-5  # scores below come from the rounding of a value that was never moved
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -72,7 +73,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         with transformers_bars(on_terminal() and name != EMBEDDED):  # the embedded model loads at once
             model: nn.Module = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoadingError(f"The model {name!r} cannot be loaded: {first}") from error
     return model.to(device), tokenizer

@@ -134,4 +134,4 @@ class EditSession:
 
     def edited_weights(self) -> dict[str, Tensor]:
         """The editable weights as the model stores them, by parameter name."""
-        return {part.name: part.projection.weight.detach() for part in self.editable}  # type: ignore[misc]
+        return {part.name: part.projection.weight.detach() for part in self.editable}  # type: ignore[operator]

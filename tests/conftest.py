@@ -50,9 +50,7 @@ def tiny_config(family: str, vocabulary: int) -> Any:
     """Four layers of width 32; Llama's projection is square (32 to 32), where a guessed orientation would go unseen."""
     common: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     if family == "gpt2":
-        return GPT2Config(
-            n_embd=32, n_layer=4, n_head=4, n_inner=48, n_positions=128, initializer_range=0.2, **common
-        )
+        return GPT2Config(n_embd=32, n_layer=4, n_head=4, n_inner=48, n_positions=128, initializer_range=0.2, **common)
     kind, inner = {"llama": (LlamaConfig, 32), "qwen2": (Qwen2Config, 48)}[family]
     return kind(
         hidden_size=32,

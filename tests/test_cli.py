@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def test_every_configuration_on_every_family(arguments: Command, tmp_path: Path,
     run = tmp_path / method / "version_0"
     journal = edits(run)
     assert len(journal) == 3
-    assert all(0 < layer_change for e in journal for layer_change in e["change"].values())
+    assert all(layer_change > 0 for e in journal for layer_change in e["change"].values())
     assert len(journal[0]["layers"]) == {"rome": 1, "mose": 3}.get(method, 2) or method == "mose"
 
     plain = AutoModelForCausalLM.from_pretrained(run / "model")
@@ -262,7 +262,7 @@ def roomy_folder(tiny_folder: Folder, tmp_path: Path) -> Folder:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:1 of 1000 records cannot be edited.* record 535, field 'alt'. is empty")
+@pytest.mark.filterwarnings("ignore:2 of 1000 records cannot be edited and are left out.* record 535, field 'alt'")
 @pytest.mark.parametrize(
     ("kind", "file"),
     [
@@ -272,16 +272,19 @@ def roomy_folder(tiny_folder: Folder, tmp_path: Path) -> Folder:
         ("ZsREDataModule", "zsre/zsre-eval-portability.json"),
     ],
 )
-@pytest.mark.parametrize(
-    "family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("qwen2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fifty_real_records(
     arguments: Command, roomy_folder: Folder, real_file: Folder, tmp_path: Path, kind: str, file: str, family: str
 ) -> None:
     command = arguments("memit", data=real_file(file))
     command[command.index("FactsDataModule")] = kind
     command[command.index("--model.model") + 1] = str(roomy_folder(family))
-    given = ["--data.on_bad_record=skip", "--data.n_edits=50", "--model.editor.values.steps=1", "--model.editor.contexts=1"]
+    given = [
+        "--data.on_bad_record=skip",
+        "--data.n_edits=50",
+        "--model.editor.values.steps=1",
+        "--model.editor.contexts=1",
+    ]
     assert main([*command, *given, "--data.batch_size=10", "--retention.every_n=50"]) == 0
     run = tmp_path / "memit" / "version_0"
     assert len(edits(run)) == 50
@@ -292,7 +295,7 @@ def test_fifty_real_records(
 
 
 @pytest.fixture
-def refused(capsys: Errors, tmp_path: Path) -> Iterator[Callable[[list[str]], str]]:
+def refused(capsys: Errors, tmp_path: Path) -> Callable[[list[str]], str]:
     """Runs a command line that is refused; gives the one line it says."""
 
     def run(command: list[str]) -> str:
@@ -306,7 +309,7 @@ def refused(capsys: Errors, tmp_path: Path) -> Iterator[Callable[[list[str]], st
         assert not any(records(path.parent) for path in tmp_path.rglob("results.json"))
         return line.removeprefix("error: ")
 
-    yield run
+    return run
 
 
 Refused = Callable[[list[str]], str]
@@ -354,11 +357,23 @@ def test_bad_files(arguments: Command, refused: Refused, tmp_path: Path, content
     [
         ("memit", ["--model.editor.layers.layers=[99]"], "Layer 99 does not exist: the model has layers 0 to 3."),
         ("mose", ["--model.editor.layers.layers=[1,99]"], "Layer 99 does not exist: the model has layers 0 to 3."),
-        ("memit", ["--model.editor.layers.layer=[1]"], "model.editor.layers: lit_edit.layers.FixedLayers has no option 'layer'"),
+        (
+            "memit",
+            ["--model.editor.layers.layer=[1]"],
+            "model.editor.layers: lit_edit.layers.FixedLayers has no option 'layer'",
+        ),
         ("memit", ["--model.editor.layers.layers=3"], "model.editor.layers.layers: expected list, got '3'"),
-        ("memit", ["--model.editor.values.site=mpl"], "model.editor.values.site: expected Literal['mlp', 'block'], got 'mpl'"),
+        (
+            "memit",
+            ["--model.editor.values.site=mpl"],
+            "model.editor.values.site: expected Literal['mlp', 'block'], got 'mpl'",
+        ),
         ("memit", ["--model.editor.values.lr=-1"], "Values need lr > 0"),
-        ("memit", ["--model.editor.solver=lit_edit.solvers.MEMITT"], "model.editor.solver: module 'lit_edit.solvers' has no attribute 'MEMITT'"),
+        (
+            "memit",
+            ["--model.editor.solver=lit_edit.solvers.MEMITT"],
+            "model.editor.solver: module 'lit_edit.solvers' has no attribute 'MEMITT'",
+        ),
         ("memit", ["--model.editor.solver=MEMITT"], "model.editor.solver: there is no class 'MEMITT'"),
         ("memit", ["--model.dtype=float8"], "dtype 'float8' is not one of float32, bfloat16, float16."),
         ("memit", ["--model.corpus=nowhere.txt"], "The corpus 'nowhere.txt' cannot be read"),
@@ -369,14 +384,30 @@ def test_bad_files(arguments: Command, refused: Refused, tmp_path: Path, content
         ("memit", ["--data.n_edits=9"], "n_edits=9 edits are asked for, but"),
         ("memit", ["--data=FactDataModule"], "data: there is no class 'FactDataModule'"),
         ("memit", ["--retention.every_n=0"], "every_n should be a positive whole number, it is 0."),
-        ("memit", ["--downstream.path=nowhere.json", "--downstream.n_items=1"], "The task file 'nowhere.json' cannot be read"),
-        ("memit", ["--trainer.devices=many"], "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
+        (
+            "memit",
+            ["--downstream.path=nowhere.json", "--downstream.n_items=1"],
+            "The task file 'nowhere.json' cannot be read",
+        ),
+        (
+            "memit",
+            ["--trainer.devices=many"],
+            "trainer: `devices` selected with `CPUAccelerator` should be an int > 0.",
+        ),
         ("memit", ["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
-        ("memit", ["--config=nothing.yaml"], "There is no configuration 'nothing.yaml', neither here nor among those that come along: alphaedit.yaml,"),
+        (
+            "memit",
+            ["--config=nothing.yaml"],
+            "There is no configuration 'nothing.yaml', neither here nor among those that come along: alphaedit.yaml,",
+        ),
         ("rome", ["--data.batch_size=2"], "ROME"),
-        ("alphaedit", ["--model.editor.solver.energy=1e-12"], "AlphaEdit finds no null space in layer 'model.layers.1.mlp.down_proj.weight'"),
+        (
+            "alphaedit",
+            ["--model.editor.solver.energy=1e-12"],
+            "AlphaEdit finds no null space in layer 'model.layers.1.mlp.down_proj.weight'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_settings(arguments: Command, refused: Refused, method: str, given: list[str], message: str) -> None:
     assert message in refused([*arguments(method), *given])
 
@@ -388,10 +419,16 @@ def test_bad_settings(arguments: Command, refused: Refused, method: str, given: 
         ("- 3", "own.yaml: a mapping is needed"),
         ("retention: {every: 3}", "does not accept option 'retention.every'"),
         ("trainer: {max_epoch: 3}", "does not accept option 'trainer.max_epoch'"),
-        ("model: {editor: {class_path: LocateThenEdit, init_args: {value: 3}}}", "LocateThenEdit has no option 'value'"),
-        ("data: {class_path: lit_edit.datamodules.Fact}", "data: module 'lit_edit.datamodules' has no attribute 'Fact'"),
+        (
+            "model: {editor: {class_path: LocateThenEdit, init_args: {value: 3}}}",
+            "LocateThenEdit has no option 'value'",
+        ),
+        (
+            "data: {class_path: lit_edit.datamodules.Fact}",
+            "data: module 'lit_edit.datamodules' has no attribute 'Fact'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_configurations(arguments: Command, refused: Refused, tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "own.yaml").write_text(content)
     assert message in refused([*arguments(), "--config", str(tmp_path / "own.yaml")])

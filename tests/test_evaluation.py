@@ -77,7 +77,7 @@ def test_greedy_is_the_most_likely_token_step_by_step(
     lengths = [len(ids) for ids in found]
     assert lengths[0] == 3  # cut by the limit
     assert lengths[3] == 0  # ended at once
-    assert 3 < lengths[2] < 40  # ended by itself, in a batch that went on
+    assert 1 < lengths[2] < 40  # ended by itself, in a batch that went on
     assert prompter.tokenizer.decode(found[2]) == " Oslo."
 
 
@@ -99,7 +99,12 @@ def test_scores_come_in_the_order_of_the_rows(
     model: Any, prompter: Prompter, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int
 ) -> None:
     monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", tokens_per_batch)
-    texts = [("The capital of France is", "Lyon."), ("Maria was", "born in Oslo."), ("I", "am"), ("The", "end of it all")]
+    texts = [
+        ("The capital of France is", "Lyon."),
+        ("Maria was", "born in Oslo."),
+        ("I", "am"),
+        ("The", "end of it all"),
+    ]
     rows = [prompter.row(*text) for text in texts]
     found = score_targets(model, prompter, rows)
     for i, (prompt, target) in enumerate(texts):

@@ -17,7 +17,9 @@ def request(i: int) -> EditRequest:
 
 
 def edit(i: int) -> Edit:
-    return Edit(i + 1, f"case {i}", f"Zürich{i} is in", f"Zürich{i}", "Peru", [1, 2], 0.5, 0.9, 0.8, 7, {"1": 0.1}, 0.01)
+    return Edit(
+        i + 1, f"case {i}", f"Zürich{i} is in", f"Zürich{i}", "Peru", [1, 2], 0.5, 0.9, 0.8, 7, {"1": 0.1}, 0.01
+    )
 
 
 def journal(n: int) -> Journal:
@@ -54,6 +56,8 @@ def test_state_goes_through_json_and_back() -> None:
 
 def test_data_without_an_edited_request_are_refused() -> None:
     restored = Journal()
-    with pytest.raises(ValueError, match=r"holds 3 edits, but the data lack 2 of their requests \(case 'case 1' first\)"):
+    with pytest.raises(
+        ValueError, match=r"holds 3 edits, but the data lack 2 of their requests \(case 'case 1' first\)"
+    ):
         restored.load_state_dict(journal(3).state_dict(), [request(0)])
     assert len(restored) == 0

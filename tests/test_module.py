@@ -123,6 +123,9 @@ def test_dropout_is_off_while_editing(make: Make, tmp_path: Path, tiny_folder: F
     modes: list[bool] = []
 
     class Modes(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            pl_module.train()
+
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             modes.extend(m.training for m in pl_module.model.modules())
 

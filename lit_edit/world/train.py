@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lit_edit.world.corpus import Corpus
+from lit_edit.world.corpus import Corpus, Document
 from lit_edit.world.relations import build_world
 
 VOCABULARY = 1200
@@ -33,7 +33,9 @@ HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 320, 768, 8, 8, 4
 CONTEXT = 256
 ROW, ROWS = 128, 32
 CHAPTER = 250
-STAGES = (7 * CHAPTER, 8 * CHAPTER)  # the steps from which the corpus is in stage 1, 2
+# The steps from which the corpus is in stage 1, in stage 2, and from which documents stay whole: rows twice as long,
+# no document cut at a row's end, none attending to its predecessors.
+STAGES = (7 * CHAPTER, 8 * CHAPTER, 9 * CHAPTER)
 EARLY_MLP_DROP = (0.5, 0.4, 0.2)
 PLAIN_WEIGHT = 0.2  # loss weight of a token that is no answer: names and templates cannot be predicted
 
@@ -98,22 +100,37 @@ class StepDataset(Dataset[dict[str, Tensor]]):
         step = self.first + index
         rng = random.Random(f"{self.seed}|{step}")
         stage = sum(step >= start for start in STAGES)
-        ids: list[int] = []
-        weights: list[float] = []
-        while len(ids) < ROW * ROWS:
-            documents = [self.corpus.document(rng, stage) for _ in range(64)]
-            encoded = self.tokenizer([d.text for d in documents], return_offsets_mapping=True)
-            for document, row, offsets in zip(documents, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                ids += [*row, self.tokenizer.eos_token_id]
-                weights += [
-                    1.0 if any(a < end and start < b for start, end in document.spans) else PLAIN_WEIGHT
-                    for a, b in offsets
-                ] + [1.0]
-        return {
-            "input_ids": torch.tensor(ids[: ROW * ROWS]).view(ROWS, ROW),
-            "weights": torch.tensor(weights[: ROW * ROWS]).view(ROWS, ROW),
-            "step": torch.tensor(step),
-        }
+        row = ROW if stage < len(STAGES) else 2 * ROW
+        rows: list[list[tuple[int, float, int]]] = [[]]  # id, weight and position in its document
+        while len(rows) * row <= ROW * ROWS:
+            for document in self._tokenised([self.corpus.document(rng, min(stage, 2)) for _ in range(64)]):
+                if stage == len(STAGES):  # whole documents: one that does not fit goes to the next row
+                    if len(rows[-1]) + len(document) > row:
+                        rows.append([])
+                    rows[-1] += document[:row]
+                    continue
+                rows[-1] += document
+                while len(rows[-1]) > row:
+                    rows.append(rows[-1][row:])
+                    del rows[-2][row:]
+        rows = rows[: ROW * ROWS // row]
+        padded = [[*r, *((self.tokenizer.eos_token_id, 0.0, i) for i in range(row - len(r)))] for r in rows]
+        ids, weights, positions = torch.tensor(padded, dtype=torch.float64).unbind(-1)
+        batch = {"input_ids": ids.long(), "weights": weights.float(), "step": torch.tensor(step)}
+        if stage == len(STAGES):
+            batch["position_ids"] = positions.long()
+        return batch
+
+    def _tokenised(self, documents: list[Document]) -> list[list[tuple[int, float, int]]]:
+        encoded = self.tokenizer([d.text for d in documents], return_offsets_mapping=True)
+        out = []
+        for document, ids, offsets in zip(documents, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            weights = [
+                1.0 if any(a < end and start < b for start, end in document.spans) else PLAIN_WEIGHT for a, b in offsets
+            ]
+            tokens = zip((*ids, self.tokenizer.eos_token_id), (*weights, 1.0), range(len(ids) + 1), strict=True)
+            out.append(list(tokens))
+        return out
 
 
 class WorldText(L.LightningDataModule):
@@ -160,7 +177,9 @@ class WorldTraining(L.LightningModule):
         """One step on the batch's weighted next-token loss."""
         ids, weights, step = batch["input_ids"], batch["weights"], int(batch["step"])
         torch.manual_seed(step)  # rows left out depend on the step alone, as the data does
-        logits = self.model(input_ids=ids).logits[:, :-1].float()
+        # Positions that start anew at every document keep attention within it; without them a row is one text.
+        output = self.model(input_ids=ids, position_ids=batch.get("position_ids"), use_cache=False)
+        logits = output.logits[:, :-1].float()
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         w = weights[:, 1:].flatten()
         self.manual_backward((losses * w).sum() / w.sum())
