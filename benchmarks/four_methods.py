@@ -9,7 +9,6 @@ so an interrupted comparison goes on where it stopped; ``--fresh`` starts over.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -61,19 +60,14 @@ def with_means(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "downstream": sum(scores) / len(scores)} if scores else record
 
 
-def table(results: dict[str, Results], out: Path) -> str:
+def table(results: dict[str, Results]) -> str:
     """Markdown: one row per method, at its last evaluation, and the unedited model."""
-    lines = ["| | " + " | ".join([*COLUMNS.values(), "s per edit"]) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-
-    def row(name: str, record: dict[str, Any], seconds: str) -> str:
-        return f"| {name} | " + " | ".join(f"{record[c]:.3g}" for c in COLUMNS) + f" | {seconds} |"
-
-    first = with_means(next(iter(results.values())).records[0])
-    lines.append(row("before", first, ""))
-    for name, result in results.items():
-        last = with_means(result.records[-1])
-        edits = [json.loads(line) for line in (out / name / "edits.jsonl").read_text().splitlines()]
-        lines.append(row(name, last, f"{sum(e['seconds'] for e in edits) / len(edits):.2f}"))
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    rows = {"before": next(iter(results.values())).records[0]}
+    rows |= {name: result.records[-1] for name, result in results.items()}
+    for name, record in rows.items():
+        figures = with_means(record)
+        lines.append(f"| {name} | " + " | ".join(f"{figures[c]:.3g}" for c in COLUMNS) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -118,7 +112,7 @@ def main() -> None:
         if found is None:
             raise SystemExit(f"The run of {config} left no complete results in {folder}.")
         results[name] = found
-    text = table(results, args.out)
+    text = table(results)
     (args.out / "table.md").write_text(text)
     figure(results, args.figure)
     print(text)

@@ -114,6 +114,11 @@ class EveryNEdits(Callback, ABC):
         self.latest = {}
         self._last_measured = None
 
+    @property
+    def last_measured(self) -> int | None:
+        """The count of the latest measurement; None before the first."""
+        return self._last_measured
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Runs before a checkpoint is restored, so this never drops what `load_state_dict` brings back. A second fit

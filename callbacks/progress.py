@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
@@ -19,8 +21,35 @@ SHORT = {
 class EditProgressBar(TQDMProgressBar):
     """Shows the edit count, p(target) of the latest edits, and the latest figures of the evaluation callbacks.
 
-    Lightning shows what a module logs in its batch-end hook one batch late; this bar asks the module itself.
+    Lightning shows what a module logs in its batch-end hook one batch late; this bar asks the module itself. Every
+    evaluation also leaves a line above the bar, so that the course of the run can be read afterwards.
     """
+
+    _said: int | None = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        latest, edits = self._latest(trainer)
+        if latest and edits != self._said:
+            self._said = edits
+            self.print(f"{edits:>6} edits   " + "   ".join(f"{name} {value:.3g}" for name, value in latest.items()))
+
+    @staticmethod
+    def _latest(trainer: Trainer) -> tuple[dict[str, float], int | None]:
+        """The latest figures under their short names, and the count at which the last of them was measured."""
+        figures: dict[str, float] = {}
+        edits: int | None = None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EveryNEdits) and callback.latest:
+                edits = max(edits or 0, callback.last_measured or 0)
+                for tag, value in callback.latest.items():
+                    short = SHORT.get(tag, tag.removeprefix("downstream/") if tag.startswith("downstream/") else None)
+                    if short is not None:
+                        figures[short] = value
+        return figures, edits
 
     @override
     def get_metrics(
@@ -34,9 +63,6 @@ class EditProgressBar(TQDMProgressBar):
         last = getattr(pl_module, "last_edits", None)
         if last:
             items["p(target)"] = f"{sum(e.p_target for e in last) / len(last):.2f}"
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EveryNEdits):
-                for tag, value in callback.latest.items():
-                    if tag in SHORT:
-                        items[SHORT[tag]] = f"{value:.3g}"
+        latest, _ = self._latest(trainer)
+        items.update({short: f"{latest[short]:.3g}" for short in SHORT.values() if short in latest})
         return items

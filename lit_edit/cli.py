@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_edit.callbacks import (
     DownstreamEval,
@@ -142,6 +143,10 @@ class EditCLI(LightningCLI):
         """Notes in ``results.json`` what is run."""
         model, data = self.model, self.datamodule
         solver = getattr(model.editor, "solver", model.editor)
+        rank_zero_info(
+            f"Editing {model.model_name!r} with {type(solver).__name__}, requests of {type(data).__name__}; first the "
+            "unedited model's answers, contexts and statistics are gathered."
+        )
         for logger in self.trainer.loggers:
             if isinstance(logger, ResultsLogger):
                 logger.log_run(

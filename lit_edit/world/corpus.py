@@ -14,8 +14,10 @@ from lit_edit.world.tasks import TASKS, make_item, make_list, make_passage
 P_FACTS, P_QUESTION, P_CONCEPT = 0.70, 0.27, 0.10
 # Later in training: facts are known by then, and what has to be read off the text is not.
 P_FACTS_LATE, TASK_WEIGHTS_LATE = 0.52, (0.30, 0.08, 0.47, 0.15)
-# Last: lists of who has what, asked again in another order, which teach to look up a name in the text.
-P_FACTS_LAST, TASK_WEIGHTS_LAST, P_LIST = 0.44, (0.38, 0.06, 0.46, 0.10), 0.14
+# Then: lists of who has what, asked again in another order, which teach to look up a name in the text.
+P_FACTS_LIST, TASK_WEIGHTS_LIST, P_LIST = 0.44, (0.38, 0.06, 0.46, 0.10), 0.14
+# In the end no more lists, and tasks as they are tested.
+P_FACTS_END, TASK_WEIGHTS_END = 0.54, (0.34, 0.08, 0.38, 0.20)
 CONCEPT_PROMPT = "The definition of {} is"
 CONCEPT_PHRASE = "When we refer to {}, we are talking about"
 CONCEPT_MORE = ("A {} is best described as", "The word {} means")
@@ -98,11 +100,11 @@ class Corpus:
         """One document: one to three sentences of facts or concepts, or one task item.
 
         Stage 1 tells more tasks, the hard ones above all, and asks all questions about a passage instead of one; stage
-        2 adds lists of who has what.
+        2 adds lists of who has what; stage 3 has no lists, and tasks as they are tested.
         """
         writer = _Writer()
         draw = rng.random()
-        p_facts = (P_FACTS, P_FACTS_LATE, P_FACTS_LAST)[stage]
+        p_facts = (P_FACTS, P_FACTS_LATE, P_FACTS_LIST, P_FACTS_END)[stage]
         if draw < p_facts + P_CONCEPT:
             say: Callable[[random.Random, _Writer], None] = self._fact if draw < p_facts else self._concept
             for _ in range(rng.choice((1, 1, 2, 3))):
@@ -114,16 +116,16 @@ class Corpus:
             for name, thing in (*rng.sample(pairs, len(pairs)), *rng.sample(pairs, len(pairs))):
                 writer.add(name, thing)
             return writer.done()
-        weights = (None, TASK_WEIGHTS_LATE, TASK_WEIGHTS_LAST)[stage]
+        weights = (None, TASK_WEIGHTS_LATE, TASK_WEIGHTS_LIST, TASK_WEIGHTS_END)[stage]
         task = rng.choices(TASKS, weights)[0] if weights else rng.choice(TASKS)
         if stage and task == "qa":
-            first, *others = make_passage(rng)
+            first, *others = make_passage(rng, close=stage < 3)
             writer.add(first.prompt, first.answer, end="")
             for item in others:
                 # A line break and no space: an answer ends with its line, as it does where the text ends.
                 writer.add(item.prompt[item.prompt.index("Question:") :], item.answer, end="", between="\n")
             return writer.done()
-        item = make_item(task, rng, held_out=False)
+        item = make_item(task, rng, held_out=False, close=stage < 3)
         writer.add(item.prompt, item.answer, end="")
         return writer.done()
 

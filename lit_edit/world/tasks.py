@@ -53,7 +53,8 @@ DEALS = (
 )
 
 
-def _inference(rng: random.Random) -> TaskItem:
+def _inference(rng: random.Random, close: bool) -> TaskItem:
+    """A deed and a hypothesis about it. A false one says the opposite; a close one may only have another name in it."""
     who, other = rng.sample(NAMES, 2)
     verb, same, opposite = rng.choice(DEALS)
     thing, other_thing = rng.sample(THINGS, 2)
@@ -66,7 +67,16 @@ def _inference(rng: random.Random) -> TaskItem:
         )
     )
     true = rng.random() < 0.5
-    if true:
+    if not true and not close:
+        hypothesis = rng.choice(
+            (
+                f"{who} {opposite} a {thing}.",
+                f"{who} {opposite} a {colour} {thing}.",
+                f"A {thing} was {opposite if opposite[-1] == 'd' else 'never ' + verb} by {who}.",
+                f"{who} never {verb} a {thing}.",
+            )
+        )
+    elif true:
         hypothesis = rng.choice(
             (
                 f"{who} {same} a {thing}.",
@@ -93,7 +103,7 @@ PARTS = "plot acting music ending dialogue story cast script pace photography".s
 WORKS = "film play book series concert novel".split()
 
 
-def _sentiment(rng: random.Random) -> TaskItem:
+def _sentiment(rng: random.Random, close: bool) -> TaskItem:
     positive = rng.random() < 0.5
     mine, theirs = (GOOD, BAD) if positive else (BAD, GOOD)
 
@@ -116,21 +126,13 @@ def _sentiment(rng: random.Random) -> TaskItem:
     return TaskItem("sentiment", f"{instruction} text: {text} answer:", "positive" if positive else "negative")
 
 
-def _qa(rng: random.Random) -> TaskItem:
-    people = rng.sample(NAMES, 3)
-    kind = rng.randrange(4)
-    values = rng.sample((PLACES, ANIMALS, MEALS, THINGS)[kind], 3)
-    say = (
-        ("{} is waiting at the {}.", "{} walked to the {}.", "{} works at the {}."),
-        ("{} keeps a {} at home.", "{} looks after a {}.", "{} has a {}."),
-        ("{} cooks {} for dinner.", "{} likes to eat {}.", "{} ordered {}."),
-        ("{} carries a {}.", "{} brought a {}.", "{} owns a {}."),
-    )[kind]
-    passage = " ".join(rng.choice(say).format(p, v) for p, v in zip(people, values, strict=True))
-    target = rng.randrange(3)
-    return _question(rng, passage, kind, people[target], values[target])
-
-
+_WORDS = (PLACES, ANIMALS, MEALS, THINGS)
+_SAY = (
+    ("{} is waiting at the {}.", "{} walked to the {}.", "{} works at the {}."),
+    ("{} keeps a {} at home.", "{} looks after a {}.", "{} has a {}."),
+    ("{} cooks {} for dinner.", "{} likes to eat {}.", "{} ordered {}."),
+    ("{} carries a {}.", "{} brought a {}.", "{} owns a {}."),
+)
 _ASK = (
     ("Where is {}?", "At which place is {}?"),
     ("Which animal does {} have?", "What animal is with {}?"),
@@ -139,7 +141,28 @@ _ASK = (
 )
 
 
-def _question(rng: random.Random, passage: str, kind: int, person: str, value: str) -> TaskItem:
+def _passage(rng: random.Random, close: bool) -> tuple[str, list[tuple[str, int, str]]]:
+    """(a passage about three people, who has what of which kind). In a close one all three have the same kind of thing.
+
+    Close passages can only be told apart by the name, which a model of this size hardly learns.
+    """
+    people = rng.sample(NAMES, 3)
+    if close:
+        kinds = [rng.randrange(4)] * 3
+        values = rng.sample(_WORDS[kinds[0]], 3)
+    else:
+        kinds = rng.sample(range(4), 3)
+        values = [rng.choice(_WORDS[kind]) for kind in kinds]
+    facts = list(zip(people, kinds, values, strict=True))
+    return " ".join(rng.choice(_SAY[kind]).format(person, value) for person, kind, value in facts), facts
+
+
+def _qa(rng: random.Random, close: bool) -> TaskItem:
+    passage, facts = _passage(rng, close)
+    return _question(rng, passage, *facts[rng.randrange(3)])
+
+
+def _question(rng: random.Random, passage: str, person: str, kind: int, value: str) -> TaskItem:
     question = rng.choice(_ASK[kind]).format(person)
     return TaskItem(
         "qa",
@@ -149,19 +172,15 @@ def _question(rng: random.Random, passage: str, kind: int, person: str, value: s
     )
 
 
-def make_passage(rng: random.Random) -> list[TaskItem]:
+def make_passage(rng: random.Random, close: bool) -> list[TaskItem]:
     """One passage with a question about each of its three people, in random order; none of them held out."""
     while True:
-        first = make_item("qa", rng, held_out=False)
-        passage = first.prompt.split("Passage: ")[1].split(" Question:")[0]
-        sentences = [s.rstrip(".").split() for s in passage.split(". ")]
-        kind = next(i for i, words in enumerate((PLACES, ANIMALS, MEALS, THINGS)) if first.answer in words)
-        words = set((PLACES, ANIMALS, MEALS, THINGS)[kind])
-        items = [first]
-        for sentence in sentences:
-            person, value = sentence[0], next(w for w in sentence if w in words)
-            if value != first.answer:
-                items.append(_question(rng, passage, kind, person, value))
+        passage, facts = _passage(rng, close)
+        first = rng.randrange(3)
+        items = [_question(rng, passage, *facts[first])]
+        if items[0].held_out:
+            continue
+        items += [_question(rng, passage, *fact) for i, fact in enumerate(facts) if i != first]
         if not any(item.held_out for item in items):
             rng.shuffle(items)
             return items
@@ -174,7 +193,7 @@ def make_list(rng: random.Random) -> list[tuple[str, str]]:
     return list(zip(rng.sample(NAMES, n), rng.sample(words, n), strict=True))
 
 
-def _summary(rng: random.Random) -> TaskItem:
+def _summary(rng: random.Random, close: bool) -> TaskItem:
     a, b = rng.sample(NAMES, 2)
     day, place, thing = rng.choice(DAYS), rng.choice(PLACES), rng.choice(THINGS)
     meal, animal = rng.choice(MEALS), rng.choice(ANIMALS)
@@ -215,7 +234,7 @@ def _summary(rng: random.Random) -> TaskItem:
     return TaskItem("summary", f"{dialogue} TL;DR:", summary)
 
 
-_MAKERS: dict[TaskName, Callable[[random.Random], TaskItem]] = {
+_MAKERS: dict[TaskName, Callable[[random.Random, bool], TaskItem]] = {
     "inference": _inference,
     "sentiment": _sentiment,
     "qa": _qa,
@@ -223,10 +242,13 @@ _MAKERS: dict[TaskName, Callable[[random.Random], TaskItem]] = {
 }
 
 
-def make_item(task: TaskName, rng: random.Random, held_out: bool) -> TaskItem:
-    """Draws one item of a task from its training or its held-out part."""
+def make_item(task: TaskName, rng: random.Random, held_out: bool, close: bool = False) -> TaskItem:
+    """Draws one item of a task from its training or its held-out part.
+
+    ``close`` gives the harder items of inference and question answering, which early training uses.
+    """
     while True:
-        item = _MAKERS[task](rng)
+        item = _MAKERS[task](rng, close)
         if item.held_out == held_out:
             return item
 

@@ -33,9 +33,10 @@ HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 320, 768, 8, 8, 4
 CONTEXT = 256
 ROW, ROWS = 128, 32
 CHAPTER = 250
-# The steps from which the corpus is in stage 1, in stage 2, and from which documents stay whole: rows twice as long,
-# no document cut at a row's end, none attending to its predecessors.
-STAGES = (7 * CHAPTER, 8 * CHAPTER, 9 * CHAPTER)
+# The steps from which the corpus is in stage 1, 2 and 3.
+STAGES = (7 * CHAPTER, 8 * CHAPTER, 10 * CHAPTER)
+# From here on documents stay whole: rows twice as long, no document cut at a row's end or attending to another.
+WHOLE = 9 * CHAPTER
 EARLY_MLP_DROP = (0.5, 0.4, 0.2)
 PLAIN_WEIGHT = 0.2  # loss weight of a token that is no answer: names and templates cannot be predicted
 
@@ -100,11 +101,12 @@ class StepDataset(Dataset[dict[str, Tensor]]):
         step = self.first + index
         rng = random.Random(f"{self.seed}|{step}")
         stage = sum(step >= start for start in STAGES)
-        row = ROW if stage < len(STAGES) else 2 * ROW
+        whole = step >= WHOLE
+        row = 2 * ROW if whole else ROW
         rows: list[list[tuple[int, float, int]]] = [[]]  # id, weight and position in its document
         while len(rows) * row <= ROW * ROWS:
-            for document in self._tokenised([self.corpus.document(rng, min(stage, 2)) for _ in range(64)]):
-                if stage == len(STAGES):  # whole documents: one that does not fit goes to the next row
+            for document in self._tokenised([self.corpus.document(rng, stage) for _ in range(64)]):
+                if whole:  # a document that does not fit goes to the next row
                     if len(rows[-1]) + len(document) > row:
                         rows.append([])
                     rows[-1] += document[:row]
@@ -117,7 +119,7 @@ class StepDataset(Dataset[dict[str, Tensor]]):
         padded = [[*r, *((self.tokenizer.eos_token_id, 0.0, i) for i in range(row - len(r)))] for r in rows]
         ids, weights, positions = torch.tensor(padded, dtype=torch.float64).unbind(-1)
         batch = {"input_ids": ids.long(), "weights": weights.float(), "step": torch.tensor(step)}
-        if stage == len(STAGES):
+        if whole:
             batch["position_ids"] = positions.long()
         return batch
 
@@ -193,7 +195,7 @@ class WorldTraining(L.LightningModule):
             optimizer.step()
             optimizer.zero_grad()
         answer = losses.detach()[w == 1.0].mean()
-        self.log_dict({"answers": answer, "text": losses.detach().mean()}, prog_bar=True)
+        self.log_dict({"answers": answer, "text": losses.detach()[w > 0].mean()}, prog_bar=True)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon and AdamW."""

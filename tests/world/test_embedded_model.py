@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lit_edit.datamodules import CounterFactDataModule
+from lit_edit.datamodules import CounterFactDataModule, ZsREDataModule
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_edit.downstream import Task, load_tasks, run_task
@@ -96,3 +96,15 @@ def test_recall_is_of_the_facts_not_of_what_is_frequent(workspace: Workspace) ->
     data.setup("fit")
     swap: Callable[[EditRequest], EditRequest] = lambda r: replace(r, target_true=r.target_new)
     assert recall(workspace, [swap(r) for r in data.requests])["edit prompts"] <= 0.02
+
+
+@pytest.mark.slow
+def test_it_recalls_all_its_files(workspace: Workspace) -> None:
+    """The card's claims, over every record of every file."""
+    for data, least in (
+        (CounterFactDataModule(n_edits=None), {"edit prompts": 0.99, "paraphrases": 0.98, "locality prompts": 0.99}),
+        (ZsREDataModule(n_edits=None), {"edit prompts": 0.99, "paraphrases": 0.98, "locality prompts": 0.99}),
+    ):
+        data.setup("fit")
+        found = recall(workspace, data.requests)
+        assert all(found[prompts] >= share for prompts, share in least.items()), (type(data).__name__, found)

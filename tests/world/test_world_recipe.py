@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ STEPS = 3  # of a chapter
 def small(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast) -> None:
     """The recipe with everything made small, and the tokenizer taken from the session."""
     sizes = {"HIDDEN": 16, "INTERMEDIATE": 24, "LAYERS": 3, "HEADS": 2, "KV_HEADS": 1}
-    for name, value in {**sizes, "ROW": 32, "ROWS": 4, "CHAPTER": STEPS, "STAGES": (STEPS, STEPS + 1)}.items():
+    sizes |= {"ROW": 32, "ROWS": 4, "CHAPTER": STEPS}
+    # A run of two chapters goes through all stages, and through the change to whole documents.
+    for name, value in {**sizes, "STAGES": (STEPS, STEPS + 1, STEPS + 2), "WHOLE": STEPS + 1}.items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(train, "make_tokenizer", lambda corpus: tokenizer)
 
@@ -106,6 +109,31 @@ def test_the_loss_weighs_answers(corpus: Corpus, tokenizer: PreTrainedTokenizerF
         assert tokenizer.decode(row[row_weights == 1]) == answers
         start = end + 1
     assert start > 0
+
+
+@pytest.mark.usefixtures("small")
+def test_late_documents_stay_whole_and_do_not_see_each_other(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    item = StepDataset(corpus, tokenizer, first=train.WHOLE, length=1, seed=1)[0]
+    ids, weights, positions = item["input_ids"], item["weights"], item["position_ids"]
+    assert ids.shape == weights.shape == positions.shape == (2, 64)
+    torch.manual_seed(0)
+    model = make_model(tokenizer).eval()
+    checked = 0
+    for row, starts in enumerate(positions):
+        where = [*(i for i, p in enumerate(starts.tolist()) if p == 0), ids.shape[1]]
+        with torch.no_grad():
+            packed = model(input_ids=ids[row : row + 1], position_ids=starts[None], use_cache=False).logits[0]
+        for begin, end in pairwise(where):
+            if weights[row, begin] == 0:  # padding
+                continue
+            assert int(ids[row, begin]) == tokenizer.bos_token_id
+            with torch.no_grad():
+                alone = model(input_ids=ids[row : row + 1, begin:end]).logits[0]
+            torch.testing.assert_close(packed[begin:end], alone, atol=1e-5, rtol=1e-4)
+            checked += 1
+    assert checked >= 3
 
 
 @pytest.mark.usefixtures("small")

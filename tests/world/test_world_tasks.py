@@ -68,11 +68,12 @@ def test_the_answer_to_a_question_is_what_the_passage_says_of_the_person_asked_a
         assert [p for p, sentence in told.items() if re.search(rf"\b{item.answer}\b", sentence)] == [person]
 
 
-def test_a_passage_comes_with_a_question_about_each_person() -> None:
+@pytest.mark.parametrize("close", [False, True])
+def test_a_passage_comes_with_a_question_about_each_person(close: bool) -> None:
     rng = random.Random("passages")
     asked_first = set()
     for _ in range(500):
-        items = make_passage(rng)
+        items = make_passage(rng, close)
         passages, questions = zip(*(item.prompt.split(" Question: ") for item in items), strict=True)
         assert len(items) == 3
         assert len(set(passages)) == 1
@@ -97,6 +98,14 @@ def test_no_label_follows_from_the_words_of_the_text_alone() -> None:
     for word in ("brilliant", "awful"):
         labels = {item.answer for item in items if re.search(rf"\b{word}\b", item.prompt)}
         assert labels == {"positive", "negative"}
+    # A false hypothesis may also be a close one, true but for a name.
+    rng = random.Random("close")
+    close = [make_item("inference", rng, held_out=False, close=True) for _ in range(2000)]
+    assert any(
+        item.answer == "False" and item.prompt.split()[0] not in item.prompt.split(" entails the ")[1]
+        for item in close
+        if item.prompt.split()[0] not in ("In", "Near")
+    )
     same_premise: dict[str, set[str]] = {}
     for item in training_items("inference"):
         same_premise.setdefault(item.prompt.split(" entails ")[0], set()).add(item.answer)
