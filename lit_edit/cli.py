@@ -16,7 +16,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_edit.callbacks import (
     DownstreamEval,
@@ -143,10 +142,12 @@ class EditCLI(LightningCLI):
         """Notes in ``results.json`` what is run."""
         model, data = self.model, self.datamodule
         solver = getattr(model.editor, "solver", model.editor)
-        rank_zero_info(
-            f"Editing {model.model_name!r} with {type(solver).__name__}, requests of {type(data).__name__}; first the "
-            "unedited model's answers, contexts and statistics are gathered."
-        )
+        if self.trainer.is_global_zero:
+            print(
+                f"Editing {model.model_name!r} with {type(solver).__name__}, requests of {type(data).__name__}. "
+                "First come the unedited model's answers, contexts and statistics.",
+                flush=True,
+            )
         for logger in self.trainer.loggers:
             if isinstance(logger, ResultsLogger):
                 logger.log_run(

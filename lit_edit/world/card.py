@@ -129,7 +129,7 @@ def measure(model: nn.Module, tokenizer: Any, n_single: int = 24, console: Conso
     figures["tasks"] = {task.name: run_task(model, workspace.prompter, task)[0] for task in load_tasks()}
     say(figures["tasks"])
     n_layers = len(workspace.architecture)
-    sets = [[i] for i in range(n_layers)] + [[i - 1, i, i + 1] for i in range(1, n_layers - 1)]
+    sets = [[i] for i in range(n_layers)] + [[i - 1, i, i + 1] for i in range(1, n_layers - 1, 2)]
     figures["single_edits"] = {}
     for method in METHODS:
         for layers in sets if n_single else []:

@@ -31,7 +31,7 @@ Folder = Callable[[str], Path]
 @pytest.fixture
 def module(tiny_folder: Folder, tmp_path: Path) -> LitEdit:
     """On a model that has something to forget."""
-    return LitEdit(quick_editor("memit"), *taught(tiny_folder("llama")), corpus=str(write_corpus(tmp_path)))
+    return LitEdit(quick_editor("rome"), *taught(tiny_folder("llama")), corpus=str(write_corpus(tmp_path)))
 
 
 class Own(EveryNEdits):

@@ -115,9 +115,9 @@ def test_the_loss_weighs_answers(corpus: Corpus, tokenizer: PreTrainedTokenizerF
 def test_late_documents_stay_whole_and_do_not_see_each_other(
     corpus: Corpus, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    item = StepDataset(corpus, tokenizer, first=train.WHOLE, length=1, seed=1)[0]
-    ids, weights, positions = item["input_ids"], item["weights"], item["position_ids"]
-    assert ids.shape == weights.shape == positions.shape == (2, 64)
+    steps = [StepDataset(corpus, tokenizer, first=train.WHOLE, length=5, seed=1)[i] for i in range(5)]
+    assert all(tuple(step[name].shape) == (2, 64) for step in steps for name in ("input_ids", "weights"))
+    ids, weights, positions = (torch.cat([s[name] for s in steps]) for name in ("input_ids", "weights", "position_ids"))
     torch.manual_seed(0)
     model = make_model(tokenizer).eval()
     checked = 0
