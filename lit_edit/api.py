@@ -89,4 +89,5 @@ def edit(
     session.check(requests, batch_size)
     for first in range(0, len(requests), batch_size):
         session.apply(session.plan(requests[first : first + batch_size]))
+    session.finish()
     return model, session.journal

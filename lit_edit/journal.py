@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Edit:
         steps: of the value optimisation.
         change: per layer, the Frobenius norm of the change relative to the weight's.
         seconds: for the edit's share of its batch.
+        stages: the same by stage: ``layers`` (choosing them), ``values``, ``keys``, ``solve``, ``restrain``, ``write``,
+            ``score`` (of ``p_target``) and ``other``.
     """
 
     number: int
@@ -39,6 +41,7 @@ class Edit:
     steps: int
     change: dict[str, float]
     seconds: float
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 class Journal:

@@ -37,6 +37,14 @@ class TypeMeanKey(KeyAverage):
         return keys[0] if len(keys) == 1 else 0.5 * (keys[0] + keys[1:].mean(0))
 
 
+class BareKey(KeyAverage):
+    """The key of the bare prompt alone, without generated contexts."""
+
+    def average(self, keys: Tensor) -> Tensor:
+        """(contexts, p) to (p,)."""
+        return keys[0]
+
+
 @torch.no_grad()
 def compute_keys(
     workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: KeyAverage

@@ -39,6 +39,11 @@ class LayerPolicy(ABC):
             ValueError: if a layer was asked for that the model does not have.
         """
 
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether key covariances of the candidates must be in the workspace."""
+        return False
+
     def check(self, values: ValueOptimizer) -> None:  # noqa: B027 - most policies do not look at values
         """Raises ValueError if layers cannot be chosen with such values; asked when an editor is put together."""
 

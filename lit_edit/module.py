@@ -139,6 +139,10 @@ class LitEdit(L.LightningModule):
         """The closed-form half: applies the update."""
         self._apply_pending()
 
+    def on_train_epoch_end(self) -> None:
+        """No more edits follow: lets the editor finish. Callbacks that measure when training ends see its work."""
+        self._session().finish()
+
     @torch.no_grad()
     def _apply_pending(self) -> None:
         if self._pending is None:

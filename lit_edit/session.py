@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,8 @@ class EditSession:
                 progress=progress,
             )
             self.workspace.covariances = {part.index: found[part.name] for part in self.editable}
-        self._planning = 0.0
+        if editor.needs_originals:
+            self.workspace.originals = {part.index: part.weight.clone() for part in self.editable}
 
     @property
     def model(self) -> nn.Module:
@@ -98,20 +98,22 @@ class EditSession:
 
     def plan(self, requests: Sequence[EditRequest]) -> Plan:
         """The gradient half of a batch of edits."""
-        start = time.perf_counter()
-        with torch.enable_grad():
-            plan = self.editor.plan(self.workspace, requests)
-        self._planning = time.perf_counter() - start
-        return plan
+        with self.workspace.stopwatch.measure("other"), torch.enable_grad():
+            return self.editor.plan(self.workspace, requests)
 
     @torch.no_grad()
     def apply(self, plan: Plan) -> list[Edit]:
         """The closed-form half: changes the weights and writes the journal."""
-        start = time.perf_counter()
-        change = {item.layer: item.relative_change for item in self.editor.apply(self.workspace, plan)}
+        watch = self.workspace.stopwatch
+        with watch.measure("other"):
+            applied = self.editor.apply(self.workspace, plan)
+        change: dict[int, float] = {}
+        for item in applied:  # the edit's own update comes first, what restrains the sum of all of them after it
+            change.setdefault(item.layer, item.relative_change)
         rows = [self.workspace.prompter.row(r.prompt, r.target_new) for r in plan.requests]
-        p_target = score_targets(self.workspace.model, self.workspace.prompter, rows).log_prob.exp().tolist()
-        seconds = (self._planning + time.perf_counter() - start) / len(plan.requests)
+        with watch.measure("score"):
+            p_target = score_targets(self.workspace.model, self.workspace.prompter, rows).log_prob.exp().tolist()
+        stages = {stage: seconds / len(plan.requests) for stage, seconds in watch.take().items()}
         edits = []
         for i, request in enumerate(plan.requests):
             edit = Edit(
@@ -126,11 +128,16 @@ class EditSession:
                 p_target=p_target[i],
                 steps=plan.steps[i],
                 change={str(layer): change[layer] for layer in plan.layers[i]},
-                seconds=seconds,
+                seconds=sum(stages.values()),
+                stages=stages,
             )
             self.journal.add(request, edit)
             edits.append(edit)
         return edits
+
+    def finish(self) -> None:
+        """Does what the editor does once, when no more edits follow (PRUNE). More edits may follow all the same."""
+        self.editor.finish(self.workspace)
 
     def edited_weights(self) -> dict[str, Tensor]:
         """The editable weights as the model stores them, by parameter name."""

@@ -197,15 +197,7 @@ class Rotation(Update):
     q: Tensor
 
     def __post_init__(self) -> None:
-        q = self._hold("q", "A rotation")
-        if q.shape[0] != q.shape[1]:
-            raise ValueError(f"A rotation must be square, got shape {tuple(q.shape)}.")
-        error = orthogonality_error(q)
-        if error > _ORTHOGONALITY_TOLERANCE:
-            raise ValueError(
-                f"The {q.shape[0]}x{q.shape[1]} matrix of a rotation is not orthogonal: QᵀQ departs from the identity "
-                f"by {error:.1e} (at most {_ORTHOGONALITY_TOLERANCE:.0e} is accepted). Compute it in float64."
-            )
+        _check_orthogonal(self._hold("q", "A rotation"), "rotation")
 
     def _check(self, weight: Tensor) -> None:
         if weight.ndim != 2 or weight.shape[0] != self.q.shape[0]:
@@ -228,6 +220,63 @@ class Rotation(Update):
     @property
     def norm(self) -> float:
         """``‖Q − I‖_F``; ``2 √d`` at most."""
-        turned = self.q.clone()
-        turned.diagonal().sub_(1.0)
-        return float(torch.linalg.vector_norm(turned))
+        return _distance_from_identity(self.q)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRotation(Update):
+    """``W ← W Q`` with an orthogonal ``Q``: keys are turned before they are read, singular values stay as they are.
+
+    What `Rotation` says of rounding holds here, too.
+
+    Args:
+        key_q: ``(p, p)``, orthogonal to 1e-8.
+
+    Raises:
+        ValueError: if ``key_q`` is not square, finite and orthogonal.
+    """
+
+    key_q: Tensor
+
+    def __post_init__(self) -> None:
+        _check_orthogonal(self._hold("key_q", "A key rotation"), "key rotation")
+
+    def _check(self, weight: Tensor) -> None:
+        if weight.ndim != 2 or weight.shape[1] != self.key_q.shape[0]:
+            raise ValueError(
+                f"A key rotation of size {self.key_q.shape[0]} does not fit a weight of shape {tuple(weight.shape)}; "
+                "the second dimension must be the input's."
+            )
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """``W Q − W``, ``(d, p)``."""
+        self._check(weight)
+        weight = weight.detach().to(torch.float64)
+        return weight @ self.key_q.to(weight.device) - weight
+
+    def _inverse_delta(self, weight: Tensor) -> Tensor:
+        self._check(weight)
+        weight = weight.detach().to(torch.float64)
+        return weight @ self.key_q.T.to(weight.device) - weight
+
+    @property
+    def norm(self) -> float:
+        """``‖Q − I‖_F``; ``2 √p`` at most."""
+        return _distance_from_identity(self.key_q)
+
+
+def _check_orthogonal(q: Tensor, kind: str) -> None:
+    if q.shape[0] != q.shape[1]:
+        raise ValueError(f"A {kind} must be square, got shape {tuple(q.shape)}.")
+    error = orthogonality_error(q)
+    if error > _ORTHOGONALITY_TOLERANCE:
+        raise ValueError(
+            f"The {q.shape[0]}x{q.shape[1]} matrix of a {kind} is not orthogonal: QᵀQ departs from the identity "
+            f"by {error:.1e} (at most {_ORTHOGONALITY_TOLERANCE:.0e} is accepted). Compute it in float64."
+        )
+
+
+def _distance_from_identity(q: Tensor) -> float:
+    turned = q.clone()
+    turned.diagonal().sub_(1.0)
+    return float(torch.linalg.vector_norm(turned))

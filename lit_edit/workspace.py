@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_edit.architectures import Architecture
 from lit_edit.prompts import Prompter, Row, in_context
 from lit_edit.requests import EditRequest
+from lit_edit.stopwatch import Stopwatch
 
 KL_PROMPT = "{} is a"
 
@@ -21,7 +22,9 @@ class Workspace:
     """One model and what has been prepared for editing it.
 
     ``contexts`` are templates with one ``{}`` for the prompt, the bare ``{}`` first; they are part of an edit's
-    definition. ``covariances`` maps a layer to C = E[k kᵀ] (p, p), for the layers where it was asked for.
+    definition. Each for the layers where it was asked for: ``covariances`` maps a layer to C = E[k kᵀ] (p, p),
+    ``gradients`` to the gradient of the language-model loss on a corpus (d, p), ``originals`` to a copy of the weight
+    (d, p) before the first edit. ``stopwatch`` counts the seconds of an edit by stage.
     """
 
     model: nn.Module
@@ -30,6 +33,9 @@ class Workspace:
     prompter: Prompter
     contexts: list[str]
     covariances: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    originals: dict[int, Tensor] = field(default_factory=dict)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any, contexts: Sequence[str] = ("{}",)) -> Workspace:

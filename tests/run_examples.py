@@ -94,7 +94,7 @@ def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
 
 def entries(journal: Journal) -> list[dict[str, Any]]:
     """What a journal says, but for the time it took."""
-    return [{k: v for k, v in asdict(edit).items() if k != "seconds"} for edit in journal]
+    return [{k: v for k, v in asdict(edit).items() if k not in ("seconds", "stages")} for edit in journal]
 
 
 def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:

@@ -56,6 +56,16 @@ class Editor(ABC):
         """Whether key covariances of the editable layers must be in the workspace."""
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether gradient statistics of the editable layers must be in the workspace."""
+        return False
+
+    @property
+    def needs_originals(self) -> bool:
+        """Whether the editable weights before the first edit must be in the workspace."""
+        return False
+
+    @property
     def context_sampling(self) -> tuple[int, int]:
         """(number, length in tokens) of generated context prefixes; (0, 0) for none."""
         return (0, 0)
@@ -74,6 +84,10 @@ class Editor(ABC):
     @abstractmethod
     def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
         """The closed-form half: changes the model's weights in place and says how."""
+
+    def finish(self, workspace: Workspace) -> list[Applied]:
+        """What remains to be done to the weights when no more edits follow. A second call in a row does nothing."""
+        return []
 
     def state_dict(self) -> dict[str, Tensor]:
         """What later edits depend on."""

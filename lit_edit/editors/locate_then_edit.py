@@ -11,13 +11,14 @@ from lit_edit.editors.base import Applied, Editor, Plan
 from lit_edit.keys import KeyAverage, MeanKey, compute_keys
 from lit_edit.layers import LayerPolicy
 from lit_edit.requests import EditRequest
+from lit_edit.restraints import Ground, Restraint
 from lit_edit.solvers import Problem, Solver
 from lit_edit.values import ValueOptimizer, ValueProblem, Values, block_outputs
 from lit_edit.workspace import Workspace
 
 
 class LocateThenEdit(Editor):
-    """ROME, MEMIT, AlphaEdit, MOSE and what can be put together from their parts.
+    """ROME, MEMIT, EMMET, AlphaEdit, MOSE and what can be put together from their parts.
 
     Layers of a request are worked through in ascending order, keys computed anew on the model as edited so far. Where
     values belong to each layer (``values.site: mlp``) every layer is brought to its own v*; where they belong to the
@@ -28,8 +29,14 @@ class LocateThenEdit(Editor):
         values: the optimisation of v*.
         solver: from keys and values to an update.
         keys: how keys are averaged over contexts.
+        value_keys: the same for the keys at which v* is optimised and the residual is taken; None takes ``keys``. Only
+            for solvers that can tell the two apart: ROME, whose released code takes the bare prompt's key there.
+        restraints: what is done to every update, or to their sum, in this order.
         contexts: number of generated context prefixes.
         context_length: their length in tokens.
+
+    Raises:
+        ValueError: if the parts do not go together; the message says why.
     """
 
     def __init__(
@@ -38,16 +45,28 @@ class LocateThenEdit(Editor):
         values: ValueOptimizer,
         solver: Solver,
         keys: KeyAverage | None = None,
+        value_keys: KeyAverage | None = None,
+        restraints: list[Restraint] | None = None,
         contexts: int = 5,
         context_length: int = 10,
     ) -> None:
         if contexts < 0 or context_length < 1:
             raise ValueError("An editor needs contexts >= 0 and context_length >= 1.")
         layers.check(values)
-        self.layers, self.values, self.solver = layers, values, solver
+        self.restraints = list(restraints or [])
+        for restraint in self.restraints:
+            restraint.check(solver)
+        if value_keys is not None and not solver.mixes_keys:
+            raise ValueError(
+                f"{type(solver).__name__} has one key per request and cannot take `value_keys` of their own: leave "
+                "them out, or take ROME."
+            )
+        self.layers, self.values, self.solver, self.value_keys = layers, values, solver, value_keys
         self.keys = keys if keys is not None else MeanKey()
         self._contexts = (contexts, context_length)
         self.memory: dict[int, Tensor] = {}  # per layer (p, m): keys of past edits
+        self.edits = 0  # requests applied
+        self._finished_at = 0
 
     @property
     def context_sampling(self) -> tuple[int, int]:
@@ -56,12 +75,24 @@ class LocateThenEdit(Editor):
 
     @property
     def needs_covariances(self) -> bool:
-        """As the solver says."""
-        return self.solver.needs_covariance
+        """As the solver or the layer policy says."""
+        return self.solver.needs_covariance or self.layers.needs_covariance
+
+    @property
+    def needs_gradients(self) -> bool:
+        """As the restraints say."""
+        return any(r.needs_gradient for r in self.restraints)
+
+    @property
+    def needs_originals(self) -> bool:
+        """As the restraints say."""
+        return any(r.needs_original for r in self.restraints)
 
     def check(self, workspace: Workspace, batch_size: int) -> None:
         """Refuses a batch size or a covariance that the solver cannot take."""
         self.solver.check_batch_size(batch_size)
+        if not self.solver.needs_covariance:
+            return
         for layer, covariance in workspace.covariances.items():
             part = workspace.architecture[layer]
             self.solver.check_covariance(covariance, part.name, part.weight.device)
@@ -72,43 +103,99 @@ class LocateThenEdit(Editor):
 
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
         """Chooses layers and optimises v*, all requests of the batch together."""
-        choices = self.layers.choose(workspace, requests, self.values, self.keys)
+        with workspace.stopwatch.measure("layers"):
+            choices = self.layers.choose(workspace, requests, self.values, self.keys)
         at_block = self.values.site == "block"
         problems = [ValueProblem(i, c.layers[-1:] if at_block else c.layers) for i, c in enumerate(choices)]
-        values = self.values.optimise(workspace, requests, problems, self.keys)
+        with workspace.stopwatch.measure("values"):
+            values = self.values.optimise(workspace, requests, problems, self.value_keys or self.keys)
         return Plan(list(requests), [c.layers for c in choices], values.loss, values.probability, values.steps, values)
 
     @torch.no_grad()
     def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
-        """Solves and applies layer by layer; remembers the keys afterwards."""
-        values: Values = plan.data
+        """Solves and applies layer by layer; remembers the keys afterwards, then restrains the sum of all updates."""
+        watch, values = workspace.stopwatch, plan.data
         applied: list[Applied] = []
         used: dict[int, Tensor] = {}
         for layer in sorted({layer for layers in plan.layers for layer in layers}):
             mine = [i for i, layers in enumerate(plan.layers) if layer in layers]
-            requests = [plan.requests[i] for i in mine]
-            keys = compute_keys(workspace, requests, [layer], self.keys)[layer]
             part = workspace.architecture[layer]
-            if self.values.site == "block":
-                targets = part.weight.float() @ keys + self._share(workspace, plan, values, layer, mine)
-            else:
-                targets = torch.stack([values.targets[i][layer] for i in mine], dim=1)
-            problem = Problem(
-                part.weight,
-                keys,
-                targets,
-                covariance=workspace.covariances.get(layer),
-                memory=self.memory.get(layer),
-                layer=part.name,
-            )
-            update = self.solver.solve(problem)
-            relative = float(update.delta(part.weight).norm() / part.weight.double().norm())
-            update.apply_(part.weight)
+            with watch.measure("keys"):
+                problem, used[layer] = self._problem(workspace, plan, values, layer, mine)
+            with watch.measure("solve"):
+                update = self.solver.solve(problem)
+            with watch.measure("restrain"):
+                for restraint in self.restraints:
+                    update = restraint.restrain(update, self._ground(workspace, layer, len(plan.requests)))
+            with watch.measure("write"):
+                relative = float(update.delta(part.weight).norm() / part.weight.double().norm())
+                update.apply_(part.weight)
             applied.append(Applied(layer, update, relative))
-            used[layer] = keys
+        with watch.measure("restrain"):
+            applied += self._restrain_totals(workspace, len(plan.requests))
         for layer, keys in used.items():
             past = self.memory.get(layer)
             self.memory[layer] = keys if past is None else torch.cat([past, keys], dim=1)
+        self.edits += len(plan.requests)
+        return applied
+
+    @torch.no_grad()
+    def finish(self, workspace: Workspace) -> list[Applied]:
+        """What restraints do once, at the end."""
+        if self._finished_at == self.edits:
+            return []
+        self._finished_at = self.edits
+        return self._restrain_totals(workspace, 0)
+
+    def _problem(
+        self, workspace: Workspace, plan: Plan, values: Values, layer: int, mine: list[int]
+    ) -> tuple[Problem, Tensor]:
+        """What to solve in a layer for the requests that are edited there, and their keys (p, n)."""
+        requests = [plan.requests[i] for i in mine]
+        keys = compute_keys(workspace, requests, [layer], self.keys)[layer]
+        value_keys = None
+        if self.value_keys is not None:
+            value_keys = compute_keys(workspace, requests, [layer], self.value_keys)[layer]
+        part = workspace.architecture[layer]
+        if self.values.site == "block":
+            now = part.weight.float() @ (keys if value_keys is None else value_keys)
+            targets = now + self._share(workspace, plan, values, layer, mine)
+        else:
+            targets = torch.stack([values.targets[i][layer] for i in mine], dim=1)
+        problem = Problem(
+            part.weight,
+            keys,
+            targets,
+            covariance=workspace.covariances.get(layer) if self.solver.needs_covariance else None,
+            memory=self.memory.get(layer),
+            layer=part.name,
+            value_keys=value_keys,
+        )
+        return problem, keys
+
+    def _ground(self, workspace: Workspace, layer: int, batch: int) -> Ground:
+        part, memory = workspace.architecture[layer], self.memory.get(layer)
+        return Ground(
+            part.weight,
+            original=workspace.originals.get(layer),
+            gradient=workspace.gradients.get(layer),
+            edits_here=0 if memory is None else memory.shape[1],
+            edits=self.edits,
+            batch=batch,
+            layer=part.name,
+        )
+
+    def _restrain_totals(self, workspace: Workspace, batch: int) -> list[Applied]:
+        """Lets every restraint work on the sum of a layer's updates; ``batch`` is 0 at the end of a run."""
+        applied = []
+        for layer in self.editable_layers(workspace) if self.restraints else ():
+            weight = workspace.architecture[layer].weight
+            for restraint in self.restraints:
+                update = restraint.total(self._ground(workspace, layer, batch), last=not batch)
+                if update is not None:
+                    relative = float(update.delta(weight).norm() / weight.double().norm())
+                    update.apply_(weight)
+                    applied.append(Applied(layer, update, relative))
         return applied
 
     def _share(self, workspace: Workspace, plan: Plan, values: Values, layer: int, mine: list[int]) -> Tensor:
@@ -122,9 +209,13 @@ class LocateThenEdit(Editor):
         return torch.stack(columns, dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The remembered keys."""
-        return {f"memory.{layer}": keys for layer, keys in self.memory.items()}
+        """The remembered keys, and how many requests were applied, and had been at the end of a run."""
+        counts = {"edits": torch.tensor(self.edits), "finished_at": torch.tensor(self._finished_at)}
+        return counts | {f"memory.{layer}": keys for layer, keys in self.memory.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the remembered keys."""
-        self.memory = {int(name.removeprefix("memory.")): keys for name, keys in state.items()}
+        """Restores what `state_dict` gave."""
+        self.edits, self._finished_at = int(state["edits"]), int(state["finished_at"])
+        self.memory = {
+            int(name.removeprefix("memory.")): keys for name, keys in state.items() if name.startswith("memory.")
+        }

@@ -25,6 +25,7 @@ class Problem:
         covariance: ``C = E[k kᵀ] (p, p)``, mean over the tokens of a corpus; ``None`` for solvers without one.
         memory: ``(p, m)``, the keys of past edits in this layer, or ``None`` if there are none.
         layer: the name of the layer, for messages and for what a solver keeps per layer.
+        value_keys: ``(p, n)``, the keys that the targets were optimised at, where these are not ``keys``.
 
     Raises:
         ValueError: if a shape does not fit or a value is not finite; the message names the tensor and the layer.
@@ -36,9 +37,10 @@ class Problem:
     covariance: Tensor | None = None
     memory: Tensor | None = None
     layer: str = ""
+    value_keys: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weight", "keys", "targets", "covariance", "memory"):
+        for name in ("weight", "keys", "targets", "covariance", "memory", "value_keys"):
             tensor: Tensor | None = getattr(self, name)
             if tensor is None:
                 continue
@@ -60,6 +62,8 @@ class Problem:
             self._expect("covariance", self.covariance, (p, p))
         if self.memory is not None:
             self._expect("memory", self.memory, (p, self.memory.shape[1]))
+        if self.value_keys is not None:
+            self._expect("value_keys", self.value_keys, (p, n))
 
     @property
     def _where(self) -> str:
@@ -74,8 +78,8 @@ class Problem:
 
     @property
     def residual(self) -> Tensor:
-        """``R = V − W K``, ``(d, n)`` in float64: what the edit has to add to the outputs."""
-        return self.targets - self.weight @ self.keys
+        """``R = V − W K``, ``(d, n)`` in float64: what the edit has to add to the outputs, at the value keys if any."""
+        return self.targets - self.weight @ (self.keys if self.value_keys is None else self.value_keys)
 
 
 def preserved_gram(covariance: Tensor, memory: Tensor, preservation: float) -> Tensor:
@@ -101,10 +105,14 @@ class Solver(ABC):
 
     Attributes:
         needs_covariance: whether a problem must come with the key covariance of its layer.
+        additive: whether updates are added to the weight; restraints work on such updates only.
+        mixes_keys: whether a problem may come with value keys of its own.
         use_memory: the ``memory`` argument.
     """
 
     needs_covariance: bool = True
+    additive: bool = True
+    mixes_keys: bool = False
 
     def __init__(self, memory: bool) -> None:
         self.use_memory = memory

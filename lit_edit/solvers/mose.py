@@ -33,6 +33,8 @@ class MOSE(Solver):
         ValueError: if ``preservation`` is not positive.
     """
 
+    additive = False
+
     def __init__(self, preservation: float = 1.0, memory: bool = True) -> None:
         super().__init__(memory)
         self.preservation = check_positive(preservation, "MOSE's preservation")

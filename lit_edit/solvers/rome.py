@@ -16,6 +16,10 @@ class ROME(Solver):
 
     Of all changes with ``(W + ΔW) k = v`` it has the least ``tr(ΔW G ΔWᵀ)``.
 
+    Where the problem has value keys ``k'`` of its own, they take the place of ``k`` in the residual and in the
+    denominator: with ``k`` the mean over contexts and ``k'`` the bare prompt's key this is what ROME's released code
+    computes. One and the same key in every place is R-ROME (Gupta et al. 2024).
+
     Args:
         covariance: use the key covariance ``C``, as the paper does. ``False`` takes ``C = I``, as some toolkits do; no
             statistics are then needed.
@@ -25,6 +29,8 @@ class ROME(Solver):
     Raises:
         ValueError: if ``preservation`` is not positive.
     """
+
+    mixes_keys = True
 
     def __init__(self, covariance: bool = True, memory: bool = False, preservation: float = 1.0) -> None:
         super().__init__(memory)
@@ -43,7 +49,8 @@ class ROME(Solver):
         """The rank-one update for a single key.
 
         Raises:
-            ValueError: if there are several keys, the key is zero or the covariance is missing.
+            ValueError: if there are several keys, the key is zero, two keys are orthogonal in ``G⁻¹``, or the
+                covariance is missing.
             NotPositiveDefiniteError: if the preserved Gram matrix is singular.
         """
         key = problem.keys
@@ -60,4 +67,11 @@ class ROME(Solver):
             u = solve_spd(preserved_gram(identity, memory, self.preservation), key)
         else:
             u = key
-        return LowRank(left=problem.residual / (u.T @ key), right=u.T)
+        value_key = key if problem.value_keys is None else problem.value_keys
+        scale = u.T @ value_key
+        if not scale.abs() > torch.finfo(torch.float64).eps * u.norm() * value_key.norm():
+            raise ValueError(
+                f"The two keys of layer {problem.layer!r} have nothing in common: no change along the one moves the "
+                "output of the other. Use one key in both places (leave `value_keys` out)."
+            )
+        return LowRank(left=problem.residual / scale, right=u.T)
