@@ -1,0 +1,231 @@
+"""Forward passes from the subject's last token on: what a change there cannot reach is computed once.
+
+A value is tried at the subject's last token, in some first layer. Causal attention keeps it from every token to the
+left, and the blocks below that layer never see it. So the blocks below need not run again, and of the tokens to the
+left only their attention keys and values are needed; both are taken from one complete pass. Of the logits only those
+that a loss reads are computed.
+
+Nothing here is an approximation. What is used of `transformers` is public: a cache passed as ``past_key_values``,
+explicit ``position_ids``, and hooks on blocks and on the output embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from lit_edit.prompts import Batch
+from lit_edit.taps import change_outputs
+
+
+class _Kept(DynamicLayer):
+    """The attention keys and values of the tokens to the left: joined to new ones, never added to."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+@dataclass(frozen=True, eq=False)
+class Suffixes:
+    """Rows of a batch from each one's own start on, with what lies to the left and below as it was computed once.
+
+    Column ``j`` of a row is its token ``start + j``; rows shorter than the longest are padded on the right.
+
+    Args:
+        ids: (rows, S).
+        mask: (rows, P + S): which of the P tokens to the left, and of the suffix, a row has.
+        positions: (rows, S), the tokens' places in the whole text.
+        starts: (rows,), where each suffix starts in the whole text.
+        hidden: (rows, S, d), the input of the first block that runs; None where that is the first of all.
+        past: per block the keys and values (rows, heads, P, head size) of the tokens to the left.
+        first: the first block that runs.
+        tuples: whether blocks return a tuple that starts with the hidden states, as some do.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    starts: Tensor
+    hidden: Tensor | None
+    past: list[tuple[Tensor, Tensor]]
+    first: int
+    tuples: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: Sequence[int]) -> Suffixes:
+        """Some of the rows, in the order given, without columns that none of them needs."""
+        at = torch.tensor(list(rows), device=self.ids.device)
+        prefix = int(self.starts[at].max())
+        width = int(self.mask[at, self.mask.shape[1] - self.ids.shape[1] :].sum(1).max())
+        before = self.mask.shape[1] - self.ids.shape[1]
+        return replace(
+            self,
+            ids=self.ids[at, :width],
+            mask=torch.cat([self.mask[at, :prefix], self.mask[at, before : before + width]], dim=1),
+            positions=self.positions[at, :width],
+            starts=self.starts[at],
+            hidden=None if self.hidden is None else self.hidden[at, :width],
+            past=[(k[at, :, :prefix], v[at, :, :prefix]) for k, v in self.past],
+        )
+
+
+def supported(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether a model's passes can be cut: plain causal attention over all tokens, positions given explicitly.
+
+    Left out are attention windows, state-space and recurrent layers, biases that grow with the distance of tokens in
+    the cache (ALiBi), and attention implementations that take no mask. Such models run complete passes.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if text is None or getattr(text, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return False
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None and getattr(text, "sliding_window", None):
+        return False
+    if kinds is not None and set(kinds) != {"full_attention"}:
+        return False
+    if getattr(text, "alibi", False) or not hasattr(model, "get_output_embeddings"):
+        return False
+    return bool(blocks) and model.get_output_embeddings() is not None
+
+
+@torch.no_grad()
+def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, starts: Tensor, first: int) -> Suffixes:
+    """Runs the model once in full and cuts each row at its start.
+
+    Args:
+        model: a causal language model that is `supported`.
+        blocks: all its blocks, in order.
+        batch: the rows.
+        starts: (rows,), the first token of each row that may be changed.
+        first: the first block in which something may be changed.
+    """
+    entered: list[Tensor] = []
+    tuples: list[bool] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        tuples.append(isinstance(output, tuple))
+
+    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    handles = [
+        blocks[first].register_forward_pre_hook(enter, with_kwargs=True),
+        blocks[first].register_forward_hook(leave),
+    ]
+    nowhere = torch.zeros(1, dtype=torch.long, device=starts.device)
+    try:
+        with _reading(model, nowhere, nowhere):  # logits are not needed, one place is the least there is
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache, use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    length = batch.input_ids.shape[1]
+    lengths = batch.attention_mask.sum(1)
+    prefix, width = int(starts.max()), int((lengths - starts).max())
+    at = starts[:, None] + torch.arange(width, device=starts.device)
+    inside = at < lengths[:, None]
+    at = at.clamp_max(length - 1)
+    left = torch.arange(prefix, device=starts.device)[None] < starts[:, None]
+    hidden = entered[0].gather(1, at[..., None].expand(-1, -1, entered[0].shape[-1])) if first else None
+    return Suffixes(
+        ids=batch.input_ids.gather(1, at),
+        mask=torch.cat([left, inside], dim=1).long(),
+        positions=at,
+        starts=starts,
+        hidden=hidden,
+        past=[(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in _filled(cache)],
+        first=first,
+        tuples=tuples[0],
+    )
+
+
+def _filled(cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
+    """The keys and values of every block."""
+    for layer in cache.layers:
+        yield layer.keys, layer.values  # type: ignore[union-attr,misc]
+
+
+def logits_at(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    suffixes: Suffixes,
+    rows: Tensor,
+    columns: Tensor,
+    changes: dict[nn.Module, Callable[[Tensor], Tensor]],
+) -> Tensor:
+    """Logits at some places, with outputs of modules changed.
+
+    Args:
+        model: the model that `cut` ran.
+        blocks: its blocks.
+        suffixes: the rows.
+        rows: (n,), of the places to read.
+        columns: (n,), counted from each row's start.
+        changes: a function of the output (rows, S, d) for each module to change, in blocks from ``first`` on.
+
+    Returns:
+        (n, vocabulary), in the model's dtype.
+    """
+    cache = Cache(layers=[_Kept(k, v) for k, v in suffixes.past])
+    with ExitStack() as stack:
+        stack.enter_context(change_outputs(changes))
+        stack.enter_context(_reading(model, rows, columns))
+        if suffixes.hidden is not None:
+            stack.enter_context(_starting_from(blocks[: suffixes.first], suffixes.hidden, suffixes.tuples))
+        found: Tensor = model(
+            input_ids=suffixes.ids,
+            attention_mask=suffixes.mask,
+            position_ids=suffixes.positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+    return found[0]
+
+
+@contextmanager
+def _reading(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Lets the head see only some places of the hidden states, as one row: logits come out (1, n, vocabulary)."""
+
+    def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][rows, columns][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _starting_from(skipped: Sequence[nn.Module], hidden: Tensor, tuples: bool) -> Iterator[None]:
+    """Lets blocks pass their input on without running, and the last of them put out the states given."""
+
+    def leave_out(block: nn.Module, state: Tensor | None) -> None:
+        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            out = hidden_states if state is None else state
+            return (out,) if tuples else out
+
+        block.forward = forward  # type: ignore[method-assign]
+
+    try:
+        for i, block in enumerate(skipped):
+            leave_out(block, hidden if i == len(skipped) - 1 else None)
+        yield
+    finally:
+        for block in skipped:
+            block.__dict__.pop("forward", None)

@@ -1,0 +1,188 @@
+"""Passes from the subject's last token on give what complete passes give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from editing_references import make_workspace, requests
+from torch import Tensor, nn
+
+from lit_edit.suffix import Suffixes, cut, logits_at, supported
+from lit_edit.taps import change_outputs
+from lit_edit.workspace import Workspace
+
+
+def rows_of(workspace: Workspace) -> Any:
+    """Texts of different lengths with the changed token at different places, at the very first among them."""
+    rows = [row for request in requests() for row in workspace.rewriting_rows(request)]
+    rows += [workspace.essence_row(request) for request in requests()]
+    return workspace.prompter.collate(rows, workspace.device)
+
+
+def blocks_of(workspace: Workspace) -> list[nn.Module]:
+    return [layer.block for layer in workspace.architecture.layers]
+
+
+def shifts(modules: list[nn.Module], column: Tensor, delta: Tensor) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Adds (modules, rows, d) to the outputs at one column of each row."""
+    rows = torch.arange(len(column))
+
+    def adding(i: int) -> Callable[[Tensor], Tensor]:
+        return lambda out: out.index_put((rows, column), out[rows, column] + delta[i].to(out.dtype))
+
+    return {module: adding(i) for i, module in enumerate(modules)}
+
+
+def both(
+    workspace: Workspace, modules: list[nn.Module], first: int, chosen: list[int] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits at every place from the changed token on, and their gradients: complete passes, then cut ones."""
+    batch, model, blocks = rows_of(workspace), workspace.model, blocks_of(workspace)
+    suffixes: Suffixes = cut(model, blocks, batch, batch.subject_last, first)
+    kept = list(range(len(batch.input_ids))) if chosen is None else chosen
+    if chosen is not None:
+        suffixes = suffixes.select(chosen)
+    lengths = (batch.attention_mask.sum(1) - batch.subject_last)[kept]
+    places = [(row, column) for row, n in enumerate(lengths.tolist()) for column in range(n)]
+    rows, columns = torch.tensor(places).T
+    delta = torch.randn(
+        len(modules), len(kept), 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).requires_grad_(True)
+    ids, mask, start = batch.input_ids[kept], batch.attention_mask[kept], batch.subject_last[kept]
+    with change_outputs(shifts(modules, start, delta)):
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    whole = whole[rows, start[rows] + columns]
+    part = logits_at(model, blocks, suffixes, rows, columns, shifts(modules, torch.zeros_like(start), delta))
+    weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gradients = [torch.autograd.grad((x.double() * weights).sum(), delta)[0] for x in (whole, part)]
+    return whole, part, gradients[0], gradients[1]
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_logits_and_gradients_are_those_of_a_complete_pass(tiny, first: int, dtype, accuracy: float) -> None:
+    workspace = make_workspace(tiny, dtype=dtype)
+    modules = [layer.projection for layer in workspace.architecture.layers[first:]]
+    whole, part, g_whole, g_part = both(workspace, modules, first)
+    torch.testing.assert_close(part, whole, rtol=accuracy, atol=accuracy)
+    torch.testing.assert_close(g_part, g_whole, rtol=accuracy, atol=accuracy)
+    assert float(g_whole.abs().max()) > 1e-2
+
+
+def test_changes_of_whole_blocks_too(tiny) -> None:
+    workspace = make_workspace(tiny)
+    whole, part, g_whole, g_part = both(workspace, blocks_of(workspace)[2:3], 2)
+    torch.testing.assert_close(part, whole, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(g_part, g_whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("chosen", [[0], [13, 2], [3, 4, 5, 15]])
+def test_a_selection_of_rows_gives_what_they_give_among_all(tiny, chosen: list[int]) -> None:
+    workspace = make_workspace(tiny)
+    modules = [workspace.architecture[1].projection]
+    whole, part, _, _ = both(workspace, modules, 1, chosen)
+    torch.testing.assert_close(part, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_eager_attention_too(tiny) -> None:
+    workspace = make_workspace(tiny)
+    workspace.model.set_attn_implementation("eager")  # Llama's takes the softmax in float32
+    whole, part, _, _ = both(workspace, [workspace.architecture[1].projection], 1)
+    torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was_whatever_happens(tiny) -> None:
+    workspace = make_workspace(tiny)
+    model, blocks, batch = workspace.model, blocks_of(workspace), rows_of(workspace)
+    before = copy.deepcopy(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    suffixes = cut(model, blocks, batch, batch.subject_last, 2)
+    at = torch.zeros(1, dtype=torch.long)
+
+    def broken(_: Tensor) -> Tensor:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        logits_at(model, blocks, suffixes, at, at, {blocks[3]: broken})
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    after = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_repeated_passes_do_not_add_to_what_was_kept(tiny) -> None:
+    workspace = make_workspace(tiny)
+    model, blocks, batch = workspace.model, blocks_of(workspace), rows_of(workspace)
+    suffixes = cut(model, blocks, batch, batch.subject_last, 1)
+    rows, columns = torch.arange(len(suffixes)), torch.zeros(len(suffixes), dtype=torch.long)
+    first = logits_at(model, blocks, suffixes, rows, columns, {})
+    torch.testing.assert_close(logits_at(model, blocks, suffixes, rows, columns, {}), first, rtol=0, atol=0)
+
+
+def test_blocks_that_return_tuples_are_answered_with_tuples(tiny) -> None:
+    workspace = make_workspace(tiny)
+
+    class InTuple(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return (self.block(*args, **kwargs), "more")
+
+    body = workspace.model.base_model
+    body_forward = body.forward
+    name = "h" if hasattr(body, "h") else "layers"
+    for i, block in enumerate(getattr(body, name)):
+        getattr(body, name)[i] = InTuple(block)
+
+    # A body of the older kind takes the first entry of what its blocks return.
+    class First:
+        def __init__(self, block: nn.Module) -> None:
+            self.block = block
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.block(*args, **kwargs)[0]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        blocks = list(getattr(body, name))
+        handles = [
+            b.register_forward_hook(lambda _, __, out: out[0] if isinstance(out, tuple) else out) for b in blocks
+        ]
+        try:
+            return body_forward(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    body.forward = forward
+    blocks = list(getattr(body, name))
+    batch = rows_of(workspace)
+    suffixes = cut(workspace.model, blocks, batch, batch.subject_last, 3)
+    assert suffixes.tuples
+    rows, columns = torch.arange(len(suffixes)), torch.zeros(len(suffixes), dtype=torch.long)
+    part = logits_at(workspace.model, blocks, suffixes, rows, columns, {})
+    plain = workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    torch.testing.assert_close(part, plain[rows, batch.subject_last], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_attn_implementation": "flash_attention_2"},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": ["linear_attention"]},
+        {"sliding_window": 4096},
+        {"alibi": True},
+    ],
+)
+def test_what_cannot_be_cut_is_said_so(tiny, changes: dict[str, Any]) -> None:
+    model, blocks = tiny[0], [nn.Identity()]
+    assert supported(model, blocks)
+    settings = {"_attn_implementation": "sdpa", "layer_types": None, "sliding_window": None, "alibi": False} | changes
+    other = SimpleNamespace(config=SimpleNamespace(**settings), get_output_embeddings=model.get_output_embeddings)
+    assert not supported(other, blocks)  # type: ignore[arg-type]
