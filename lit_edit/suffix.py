@@ -31,9 +31,11 @@ class _Kept(DynamicLayer):
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
+        self._left = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        keys, values = self._left
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,18 +90,19 @@ def supported(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     Left out are attention windows, state-space and recurrent layers, biases that grow with the distance of tokens in
     the cache (ALiBi), and attention implementations that take no mask. Such models run complete passes.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    if text is None or getattr(text, "_attn_implementation", None) not in ("sdpa", "eager"):
+    if getattr(text, "_attn_implementation", None) not in ("sdpa", "eager") or getattr(text, "alibi", False):
         return False
     kinds = getattr(text, "layer_types", None)
-    if kinds is None and getattr(text, "sliding_window", None):
-        return False
-    if kinds is not None and set(kinds) != {"full_attention"}:
-        return False
-    if getattr(text, "alibi", False) or not hasattr(model, "get_output_embeddings"):
-        return False
-    return bool(blocks) and model.get_output_embeddings() is not None
+    window = getattr(text, "sliding_window", None) if kinds is None else set(kinds) != {"full_attention"}
+    return not window and len(blocks) > 0 and _head(model) is not None
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The output embeddings, whose input are the last hidden states."""
+    find: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
 
 
 @torch.no_grad()
@@ -204,7 +207,10 @@ def _reading(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
     def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][rows, columns][None], *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)  # type: ignore[operator]
+    head = _head(model)
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: it gives no logits.")
+    handle = head.register_forward_pre_hook(pick)
     try:
         yield
     finally:
@@ -220,7 +226,7 @@ def _starting_from(skipped: Sequence[nn.Module], hidden: Tensor, tuples: bool) -
             out = hidden_states if state is None else state
             return (out,) if tuples else out
 
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
 
     try:
         for i, block in enumerate(skipped):
