@@ -228,10 +228,14 @@ def _starting_from(skipped: Sequence[nn.Module], hidden: Tensor, tuples: bool) -
 
         block.forward = forward
 
+    # Libraries that move weights between devices set a `forward` on the instance, too: it is put back.
+    own = [block.__dict__.get("forward") for block in skipped]
     try:
         for i, block in enumerate(skipped):
             leave_out(block, hidden if i == len(skipped) - 1 else None)
         yield
     finally:
-        for block in skipped:
+        for block, forward in zip(skipped, own, strict=True):
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward
