@@ -2,8 +2,8 @@ r"""Orthogonal Procrustes problems whose matrix is positive definite but for a f
 
 The matrix of an edit is :math:`M = S + V A^\top`: `S` preserves what is known, symmetric positive definite and ``d``
 wide, ``V`` and ``A`` are as thin as the batch. For ``V = 0`` the solution is the identity, and :math:`Q - I` has a
-numerical rank of about ``n log κ(S)`` whatever ``d`` is. Its range lies, to any accuracy, in the rational Krylov space
-that resolvents of ``S`` span from ``V`` and ``A``. Within an orthonormal basis ``B (d, k)`` of that space the problem is
+numerical rank of about ``n log κ(S)`` whatever ``d`` is. Its range lies, to any accuracy, in the rational Krylov
+space that resolvents of ``S`` span from ``V`` and ``A``. Within an orthonormal basis ``B (d, k)`` of it the problem is
 ``k`` wide, and :math:`Q = I + B (T - I) B^\top` is orthogonal to rounding by construction.
 
 Eigenvectors of ``S`` are needed once. Whatever is added to ``S`` later, a column per remembered key, enters the

@@ -186,7 +186,7 @@ def logits_at(
     """
     cache = Cache(layers=[_Kept(k, v) for k, v in suffixes.past])
     with ExitStack() as stack:
-        stack.enter_context(change_outputs(changes))
+        stack.enter_context(change_outputs(changes, len(suffixes)))
         stack.enter_context(_reading(model, rows, columns))
         if suffixes.hidden is not None:
             stack.enter_context(_starting_from(blocks[: suffixes.first], suffixes.hidden, suffixes.tuples))

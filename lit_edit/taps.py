@@ -10,15 +10,21 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def read_inputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Collects each module's latest input under its key while the block runs; hooks are removed whatever happens."""
+def read_inputs(modules: dict[int, nn.Module], rows: int | None = None) -> Iterator[dict[int, Tensor]]:
+    """Collects each module's latest input under its key while the block runs; hooks are removed whatever happens.
+
+    Args:
+        modules: by key.
+        rows: texts in a batch; some models (OPT) flatten batch and sequence before the MLP, and with it their inputs
+            come out (rows, tokens, features) all the same.
+    """
     seen: dict[int, Tensor] = {}
     handles = []
     try:
         for key, module in modules.items():
 
             def hook(_: nn.Module, args: tuple[Any, ...], key: int = key) -> None:
-                seen[key] = args[0]
+                seen[key] = _unflattened(args[0], rows)
 
             handles.append(module.register_forward_pre_hook(hook))
         yield seen
@@ -28,22 +34,30 @@ def read_inputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
 
 
 @contextmanager
-def change_outputs(changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def change_outputs(changes: dict[nn.Module, Callable[[Tensor], Tensor]], rows: int | None = None) -> Iterator[None]:
     """Passes each module's output through a function while the block runs.
 
     Blocks of some `transformers` versions return a tuple whose first entry is the hidden state; the rest is kept.
+
+    Args:
+        changes: by module, a function of its output.
+        rows: as for `read_inputs`; the functions then see (rows, tokens, features) whatever the model does.
     """
     handles = []
     try:
         for module, change in changes.items():
 
             def hook(_: nn.Module, __: Any, output: Any, change: Callable[[Tensor], Tensor] = change) -> Any:
-                if isinstance(output, tuple):
-                    return (change(output[0]), *output[1:])
-                return change(output)
+                state = output[0] if isinstance(output, tuple) else output
+                changed = change(_unflattened(state, rows)).reshape(state.shape)
+                return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
             handles.append(module.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _unflattened(state: Tensor, rows: int | None) -> Tensor:
+    return state.unflatten(0, (rows, -1)) if rows is not None and state.ndim == 2 else state

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_edit.architectures import Architecture
+from lit_edit.architectures import Architecture, Family
 from lit_edit.prompts import Prompter, Row, in_context
 from lit_edit.requests import EditRequest
 from lit_edit.stopwatch import Stopwatch
@@ -38,10 +38,14 @@ class Workspace:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any, contexts: Sequence[str] = ("{}",)) -> Workspace:
-        """Binds a model and its tokenizer."""
+    def of(
+        cls, model: nn.Module, tokenizer: Any, contexts: Sequence[str] = ("{}",), family: Family | None = None
+    ) -> Workspace:
+        """Binds a model and its tokenizer; ``family`` says where a model of an unknown kind keeps its parts."""
         limit = getattr(model.config, "max_position_embeddings", None)
-        return cls(model, tokenizer, Architecture(model), Prompter(tokenizer, int(limit or 1_000_000)), list(contexts))
+        return cls(
+            model, tokenizer, Architecture(model, family), Prompter(tokenizer, int(limit or 1_000_000)), list(contexts)
+        )
 
     @property
     def device(self) -> torch.device:

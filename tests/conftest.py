@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -19,6 +20,30 @@ from transformers import (
 )
 
 FAMILIES = ("gpt2", "llama", "qwen2")
+_PLAIN = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+_GROUPED = _PLAIN | {"num_key_value_heads": 2}
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": _GROUPED | {"sliding_window": None},
+    "qwen3": _GROUPED | {"head_dim": 8},
+    "gemma2": _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
+    "gemma3_text": _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
+    "olmo2": _GROUPED,
+    "phi": _GROUPED,
+    "phi3": _GROUPED,
+    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_inner": 48, "n_positions": 128, "rotary_dim": 4}
+    | {"initializer_range": 0.2},
+    "gpt_neox": _PLAIN,
+    "falcon": {k: v for k, v in _PLAIN.items() if k != "intermediate_size"} | {"ffn_hidden_size": 48},
+    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "init_std": 0.2}
+    | {"max_position_embeddings": 128, "word_embed_proj_dim": 32},
+}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -51,6 +76,8 @@ def tiny_config(family: str, vocabulary: int) -> Any:
     common: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     if family == "gpt2":
         return GPT2Config(n_embd=32, n_layer=4, n_head=4, n_inner=48, n_positions=128, initializer_range=0.2, **common)
+    if family not in FAMILIES:
+        return AutoConfig.for_model(family, **common, **OTHER_FAMILIES[family])
     kind, inner = {"llama": (LlamaConfig, 32), "qwen2": (Qwen2Config, 48)}[family]
     return kind(
         hidden_size=32,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from editing_references import make_workspace, projection_of
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2Model, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2Model
 
-from lit_edit.architectures import FAMILIES, Architecture, UnsupportedModelError
+from lit_edit.architectures import Architecture, UnsupportedModelError
 
 SIZES = {
     "hidden_size": 16,
@@ -19,6 +19,7 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+BY_HAND = ("gpt2", "llama", "mistral", "qwen2")  # the others: tests/test_families.py
 INNER = {"gpt2": "n_inner"}  # elsewhere intermediate_size
 
 
@@ -34,7 +35,7 @@ def small(kind: str, inner: int) -> Any:
 
 
 @pytest.mark.parametrize("inner", [24, 16], ids=["oblong", "square"])
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("kind", BY_HAND)
 def test_the_projection_computes_weight_times_input_plus_bias(kind: str, inner: int) -> None:
     model = small(kind, inner)
     architecture = Architecture(model)
@@ -57,7 +58,7 @@ def test_the_projection_computes_weight_times_input_plus_bias(kind: str, inner: 
 
 
 @pytest.mark.parametrize("inner", [24, 16], ids=["oblong", "square"])
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("kind", BY_HAND)
 @torch.no_grad()
 def test_writing_to_the_weight_edits_the_block_as_delta_times_key(kind: str, inner: int) -> None:
     model = small(kind, inner)
@@ -104,14 +105,8 @@ def test_a_layer_that_does_not_exist_is_refused(tiny, index: int) -> None:
     architecture.check([3, 0, 1, 2])
 
 
-def test_an_unknown_family_is_named_with_the_known_ones() -> None:
-    config = GPTNeoXConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=8
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnsupportedModelError, match="'gpt_neox' are not described yet; known are gpt2, llama, mistral"):
-        Architecture(model)
-    with pytest.raises(UnsupportedModelError, match="type None"):
+def test_what_is_no_language_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="type None are not described yet; known are falcon, gemma2"):
         Architecture(nn.Linear(2, 2))
 
 
