@@ -1,0 +1,112 @@
+"""What a file of facts would do to a model, before anything is edited: known already, contradicting, given twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+from torch import nn
+
+from lit_edit.evaluation import score_targets
+from lit_edit.prompts import Prompter
+from lit_edit.requests import EditRequest
+
+
+@dataclass(frozen=True)
+class Reviewed:
+    """One request as it stands before the first edit.
+
+    Args:
+        request: the request.
+        edited_token: the subject's last token, at which keys and values are taken.
+        target_tokens: number of tokens of the new target.
+        probability: p(target) under the edit prompt.
+        known: the model answers the new target already: every token is the most likely one.
+        repeats: case id of an earlier request that asks for the same under the same prompt.
+        contradicts: case ids of earlier requests that ask for something else under the same prompt, or for the same
+            subject and relation where the data name relations. The latest edit wins.
+    """
+
+    request: EditRequest
+    edited_token: str
+    target_tokens: int
+    probability: float
+    known: bool
+    repeats: str | None = None
+    contradicts: tuple[str, ...] = ()
+
+
+def review(requests: Sequence[EditRequest], model: nn.Module, prompter: Prompter) -> list[Reviewed]:
+    """Looks at every request without editing anything.
+
+    Raises:
+        lit_edit.requests.RequestError: naming the first record that cannot be edited.
+    """
+    if not requests:
+        return []
+    rows = [prompter.row(r.prompt, r.target_new, r.subject, r.source) for r in requests]
+    scores = score_targets(model, prompter, rows)
+    seen: dict[tuple[str, ...], list[EditRequest]] = {}
+    found = []
+    for i, (request, row) in enumerate(zip(requests, rows, strict=True)):
+        earlier = {r.case_id: r for key in _questions(request) for r in seen.get(key, [])}
+        same = [r.case_id for r in earlier.values() if _plain(r.target_new) == _plain(request.target_new)]
+        other = [r.case_id for r in earlier.values() if _plain(r.target_new) != _plain(request.target_new)]
+        for key in _questions(request):
+            seen.setdefault(key, []).append(request)
+        found.append(
+            Reviewed(
+                request,
+                edited_token=prompter.tokenizer.decode([row.ids[row.subject_last]]),
+                target_tokens=len(row.ids) - row.target_start,
+                probability=float(scores.log_prob[i].exp()),
+                known=bool(scores.exact[i]),
+                repeats=same[0] if same else None,
+                contradicts=tuple(other),
+            )
+        )
+    return found
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _questions(request: EditRequest) -> list[tuple[str, ...]]:
+    """What two requests must share to ask the same: the prompt, or subject and relation where both are given."""
+    asked = [("prompt", _plain(request.prompt))]
+    if request.relation is not None:
+        return [*asked, ("relation", _plain(request.subject), request.relation)]
+    return list(asked)
+
+
+def review_table(found: Sequence[Reviewed], most: int = 20) -> Table:
+    """A table for people: first what deserves a look, then the rest, ``most`` rows in all; the caption counts."""
+    odd = [r for r in found if r.known or r.repeats or r.contradicts]
+    rows = [*odd, *(r for r in found if r not in odd)][:most]
+    left = f" The table shows {len(rows)} of {len(found)}." if len(rows) < len(found) else ""
+    table = Table(
+        title=f"{len(found)} facts to write",
+        caption=(
+            f"{sum(r.known for r in found)} already known, {sum(r.repeats is not None for r in found)} given twice, "
+            f"{sum(bool(r.contradicts) for r in found)} contradicting an earlier one (the later edit wins).{left}"
+        ),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("case", "prompt", "new answer", "edited at", "p(answer) now", "note"):
+        table.add_column(name, overflow="fold")
+    for r in rows:
+        notes = ["known already"] if r.known else []
+        notes += [f"same as {r.repeats}"] if r.repeats else []
+        notes += [f"contradicts {', '.join(r.contradicts)}"] if r.contradicts else []
+        table.add_row(
+            r.request.case_id,
+            r.request.prompt,
+            r.request.target_new,
+            repr(r.edited_token),
+            f"{r.probability:.2g}",
+            "; ".join(notes),
+        )
+    return table
