@@ -32,7 +32,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/edit_speed.py $(ARGS)
 
 compare: $(READY)
-	$(BIN)/python benchmarks/four_methods.py $(ARGS)
+	$(BIN)/python train.py compare --configs mose rome memit alphaedit $(ARGS)
 
 card: $(READY)
 	$(BIN)/python -m lit_edit.world.card $(ARGS)

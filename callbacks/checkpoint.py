@@ -17,10 +17,10 @@ class EditCheckpoint(EveryNEdits):
 
     Args:
         dirpath: where; ``checkpoints`` in the run's log directory if None.
-        every_n: edits between two checkpoints.
+        every_n: edits between two checkpoints, or an ascending list of the counts to save at.
     """
 
-    def __init__(self, dirpath: str | None = None, every_n: int = 25) -> None:
+    def __init__(self, dirpath: str | None = None, every_n: int | list[int] = 25) -> None:
         super().__init__(every_n, at_start=False, at_end=True)
         self.dirpath = dirpath
 

@@ -22,7 +22,7 @@ class DownstreamEval(EveryNEdits):
         path: ``embedded`` or a JSON file ``{task: [{"prompt": ..., "answer": ...}, ...]}``.
         tasks: which of its tasks; all if None.
         n_items: the first so many items of each task; all if None, and 0 switches the evaluation off.
-        every_n: edits between two evaluations.
+        every_n: edits between two evaluations, or an ascending list of the counts to evaluate at.
         at_start: also measure before the first edit.
         at_end: also measure after the last.
 
@@ -35,7 +35,7 @@ class DownstreamEval(EveryNEdits):
         path: str = EMBEDDED,
         tasks: list[str] | None = None,
         n_items: int | None = 100,
-        every_n: int = 25,
+        every_n: int | list[int] = 25,
         at_start: bool = True,
         at_end: bool = True,
     ) -> None:

@@ -60,7 +60,8 @@ class EveryNEdits(Callback, ABC):
     therefore taken when the next batch starts, and when training ends.
 
     A batch may hold several edits. The measurement is taken as soon as the count has reached or crossed a multiple of
-    ``every_n`` since the last one: batches of 10 with ``every_n=25`` measure at 0, 30, 50, 80, 100. No count is
+    ``every_n`` since the last one: batches of 10 with ``every_n=25`` measure at 0, 30, 50, 80, 100. A list says the
+    counts themselves, reached or crossed in the same way: ``[25, 100]`` measures at 30 and 100 then. No count is
     measured twice, also when a run is resumed from a checkpoint.
 
     Nothing here is about editing: a module without ``edits_applied`` is measured every N optimiser steps
@@ -71,12 +72,12 @@ class EveryNEdits(Callback, ABC):
     and ``EarlyStopping`` find what they monitor), and are kept in ``latest``.
 
     Args:
-        every_n: edits between two measurements.
+        every_n: edits between two measurements, or an ascending list of the counts to measure at.
         at_start: also measure before the first edit, the baseline.
         at_end: also measure the last count of the run, whatever it is.
 
     Raises:
-        ValueError: if ``every_n`` is not a positive whole number.
+        ValueError: if ``every_n`` is neither a positive whole number nor an ascending list of such.
 
     Example:
         >>> class LargestWeight(EveryNEdits):
@@ -86,10 +87,14 @@ class EveryNEdits(Callback, ABC):
         {}
     """
 
-    def __init__(self, every_n: int = 25, at_start: bool = True, at_end: bool = True) -> None:
+    def __init__(self, every_n: int | list[int] = 25, at_start: bool = True, at_end: bool = True) -> None:
         super().__init__()
-        if not isinstance(every_n, int) or isinstance(every_n, bool) or every_n < 1:
-            raise ValueError(f"every_n should be a positive whole number, it is {every_n!r}.")
+        counts = every_n if isinstance(every_n, list) else [every_n]
+        whole = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts)
+        if not whole or not counts or counts != sorted(set(counts)):
+            raise ValueError(
+                f"every_n should be a positive whole number, or an ascending list of such; it is {every_n!r}."
+            )
         self.every_n = every_n
         self.at_start = at_start
         self.at_end = at_end
@@ -149,8 +154,11 @@ class EveryNEdits(Callback, ABC):
         self._last_measured = state_dict["last_measured"]
 
     def _is_due(self, edits: int) -> bool:
-        """Whether a multiple of ``every_n`` lies after the last measured count, up to ``edits``."""
-        return edits // self.every_n > (self._last_measured or 0) // self.every_n
+        """Whether a count to measure at lies after the last measured one, up to ``edits``."""
+        last = self._last_measured or 0
+        if isinstance(self.every_n, list):
+            return any(last < count <= edits for count in self.every_n)
+        return edits // self.every_n > last // self.every_n
 
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> None:
         with as_found(pl_module):

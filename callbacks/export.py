@@ -28,11 +28,13 @@ class ExportModel(Callback):
 
     Args:
         dirpath: the model's folder; ``model`` in the run's log directory if None.
+        model: whether to write the model; ``edits.jsonl`` is written in any case.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
+    def __init__(self, dirpath: str | None = None, model: bool = True) -> None:
         super().__init__()
         self.dirpath = dirpath
+        self.model = model
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,6 +43,8 @@ class ExportModel(Callback):
         root = Path(trainer.log_dir or trainer.default_root_dir)
         folder = Path(self.dirpath) if self.dirpath else root / "model"
         module = cast(Exporting, pl_module)
-        module.export(folder)
+        if self.model:
+            module.export(folder)
         module.journal.write(root / "edits.jsonl")
-        rank_zero_info(f"Edited model: {folder}   edits: {root / 'edits.jsonl'}   results: {root / 'results.json'}")
+        where = f"Edited model: {folder}   " if self.model else ""
+        rank_zero_info(f"{where}edits: {root / 'edits.jsonl'}   results: {root / 'results.json'}")

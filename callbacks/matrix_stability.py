@@ -94,13 +94,13 @@ class MatrixStability(EveryNEdits):
         parameters: names or shell-style patterns (``*`` also matches dots) of the parameters to watch. By default
             those the module returns from ``edited_parameters()``, a dict of matrices by name; for a module without
             that method, every matrix that requires gradients.
-        every_n: edits between two measurements, see `EveryNEdits`.
+        every_n: edits between two measurements, or the counts to measure at, see `EveryNEdits`.
         at_start: also measure before the first edit.
         at_end: also measure the last count of the run.
 
     Raises:
-        ValueError: in the constructor if ``parameters`` is empty or ``every_n`` is not positive; when training starts
-            if a pattern matches no parameter, or what it matches is not a matrix.
+        ValueError: in the constructor if ``parameters`` is empty or ``every_n`` is neither a positive whole number
+            nor a list of such; when training starts if a pattern matches no parameter, or what it matches is no matrix.
 
     Example:
         >>> callback = MatrixStability(parameters=["*.mlp.down_proj.weight"], every_n=100)
@@ -109,7 +109,7 @@ class MatrixStability(EveryNEdits):
     def __init__(
         self,
         parameters: list[str] | None = None,
-        every_n: int = 25,
+        every_n: int | list[int] = 25,
         at_start: bool = True,
         at_end: bool = True,
     ) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from typing_extensions import override
 
+from lit_edit.journal import Journal
 from lit_edit.results import ResultsLogger, results_table
 
 
@@ -16,7 +17,8 @@ class ResultsTable(Callback):
     """Prints `lit_edit.results.results_table` when the run ends and writes the run's duration into ``results.json``.
 
     Needs a `lit_edit.results.ResultsLogger` among the trainer's loggers; without one it warns and does nothing else.
-    The ``seconds`` of a resumed run are added to those already in the file.
+    The ``seconds`` of a resumed run are added to those already in the file. A module with a ``journal`` of edits
+    (`LitEdit`) also leaves ``seconds_per_edit``: the mean by stage, see `lit_edit.journal.Journal.seconds_by_stage`.
 
     Example:
         >>> callback = ResultsTable()
@@ -45,6 +47,10 @@ class ResultsTable(Callback):
         if self._started is not None:
             before = results.run.get("seconds") or 0.0
             results.log_run({"seconds": round(before + time.monotonic() - self._started, 3)})
+        journal = getattr(pl_module, "journal", None)
+        if isinstance(journal, Journal) and len(journal):
+            seconds = {stage: round(mean, 6) for stage, mean in journal.seconds_by_stage().items()}
+            results.log_run({"seconds_per_edit": seconds})
         Console().print(results_table(results.records))
 
 

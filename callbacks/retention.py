@@ -44,7 +44,7 @@ class Retention(EveryNEdits):
     it. At 0 edits all requests of the run are asked of the untouched model: the baseline.
 
     Args:
-        every_n: edits between two evaluations.
+        every_n: edits between two evaluations, or an ascending list of the counts to evaluate at.
         at_start: also measure the baseline.
         at_end: also measure after the last edit.
 
@@ -52,7 +52,7 @@ class Retention(EveryNEdits):
         TypeError: at the start of a fit, if the module is not a `LitEdit`: only that has edits to ask for.
     """
 
-    def __init__(self, every_n: int = 25, at_start: bool = True, at_end: bool = True) -> None:
+    def __init__(self, every_n: int | list[int] = 25, at_start: bool = True, at_end: bool = True) -> None:
         super().__init__(every_n, at_start, at_end)
         self._reference = LocalityReference()
 

@@ -177,7 +177,8 @@ def find_family(model: nn.Module) -> Family:
         )
     module = found[0].get_submodule(wide[0])
     x, y = (t.double() for t in seen[wide[0]])
-    weight = module.weight.detach().double()
+    stored: Any = module.weight
+    weight = stored.detach().double()
     bias = getattr(module, "bias", None)
     y = y if bias is None else y - bias.detach().double()
     fits = [

@@ -1,4 +1,7 @@
-"""The command line: LightningCLI with editing's defaults, configurations found by name, errors in one line."""
+"""The command line: LightningCLI with editing's defaults, configurations found by name, errors in one line.
+
+``fit`` is Lightning's own, for one run; ``compare`` is `lit_edit.comparison`, which calls ``fit`` for many.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -26,11 +30,16 @@ from lit_edit.callbacks import (
     ResultsTable,
     Retention,
 )
+from lit_edit.comparison import SUMMARY
+from lit_edit.comparison import main as compare
 from lit_edit.configuration import find_config, read_config
 from lit_edit.datamodules import EditDataModule
+from lit_edit.editors import Editor, LocateThenEdit
+from lit_edit.layers import FixedLayers
 from lit_edit.messages import one_line, readable
 from lit_edit.module import LitEdit
 from lit_edit.results import ResultsLogger
+from lit_edit.values import Plain
 
 TRACEBACK = "LIT_EDIT_TRACEBACK"
 
@@ -93,9 +102,17 @@ class EditCLI(LightningCLI):
         """Only ``fit``: evaluation happens while editing, by the callbacks."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        # Listed only: `main` hands it over before anything is parsed here.
+        if parser._subcommands_action is not None:
+            parser._subcommands_action.add_subcommand("compare", ArgumentParser(exit_on_error=False), help=SUMMARY)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the resolved arguments, without Lightning's warning that they are not those of the process."""
         self.config = parser.parse_args(list(args or ()))
+        if self.config.subcommand == "compare":
+            raise ValueError("`compare` comes first: train.py compare --configs mose rome.")
 
     def _parse_ckpt_path(self) -> None:
         try:
@@ -141,10 +158,10 @@ class EditCLI(LightningCLI):
     def before_fit(self) -> None:
         """Notes in ``results.json`` what is run."""
         model, data = self.model, self.datamodule
-        solver = getattr(model.editor, "solver", model.editor)
+        method = describe(model.editor)
         if self.trainer.is_global_zero:
             print(
-                f"Editing {model.model_name!r} with {type(solver).__name__}, requests of {type(data).__name__}. "
+                f"Editing {model.model_name!r} with {method}, requests of {type(data).__name__}. "
                 "First come the unedited model's answers, contexts and statistics.",
                 flush=True,
             )
@@ -153,7 +170,7 @@ class EditCLI(LightningCLI):
                 logger.log_run(
                     {
                         "name": self.run_name,
-                        "method": type(solver).__name__,
+                        "method": method,
                         "model": model.model_name,
                         "data": type(data).__name__,
                         "data_path": getattr(data, "path", None),
@@ -161,9 +178,35 @@ class EditCLI(LightningCLI):
                         "batch_size": getattr(data, "batch_size", None),
                         "seed": self._get(self.config, "seed_everything"),
                         "device": str(self.trainer.strategy.root_device),
+                        "threads": torch.get_num_threads(),
                         "evaluation": {"definition": "exact_match", "curve": "retention", "locality": "unedited model"},
                     }
                 )
+
+
+def describe(editor: Editor) -> str:
+    """What a method is made of, where it departs from the plain solver: ``MEMIT with EAC + PRUNE``.
+
+    Example:
+        >>> from lit_edit import load_editor
+        >>> describe(load_editor("memit"))
+        'MEMIT'
+        >>> describe(load_editor("mose"))
+        'MOSE, layers by ActivationSelection'
+    """
+    if not isinstance(editor, LocateThenEdit):
+        return type(editor).__name__
+    values = editor.values
+    shaped = [values.schedule] if not isinstance(values.schedule, Plain) else []
+    name = type(editor.solver).__name__
+    if special := [*shaped, *values.penalties]:
+        name += f" with {', '.join(type(part).__name__ for part in special)}"
+    name += "".join(f" + {type(restraint).__name__}" for restraint in editor.restraints)
+    if editor.value_keys is not None:
+        name += f", values at {type(editor.value_keys).__name__}"
+    if not isinstance(editor.layers, FixedLayers):
+        name += f", layers by {type(editor.layers).__name__}"
+    return name
 
 
 def _version_of(ckpt_path: Any, runs: Path) -> str | None:
@@ -227,10 +270,15 @@ def _quiet() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit status: 0, or 2 after an error said in one line.
 
+    ``compare`` also returns 1, if one of its runs failed.
+
     Set ``LIT_EDIT_TRACEBACK=1`` to see where an error came from.
     """
+    given = list(sys.argv[1:] if args is None else args)
     try:
-        EditCLI(args=None if args is None else list(args))
+        if given[:1] == ["compare"]:
+            return compare(given[1:])
+        EditCLI(args=given)
     except (ArgumentError, ValueError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise

@@ -18,8 +18,10 @@ def config_folder() -> Path:
 def find_config(name: str) -> str:
     """A file as it is named, or else of that name in the package's configurations, with or without ``.yaml``.
 
+    Those for real models lie in a folder: ``models/llama3-8b/memit``.
+
     Raises:
-        ValueError: if there is neither; the message lists what there is.
+        ValueError: if there is neither; the message lists what there is in that folder.
     """
     if Path(name).is_file():
         return name
@@ -27,8 +29,14 @@ def find_config(name: str) -> str:
     for candidate in (folder / name, folder / f"{name}.yaml"):
         if candidate.is_file():
             return str(candidate)
-    known = ", ".join(sorted(str(p.relative_to(folder)) for p in folder.rglob("*.yaml")))
-    raise ValueError(f"There is no configuration {name!r}, neither here nor among those that come along: {known}.")
+    folder = folder.resolve()
+    parents = (folder / name).resolve().parents
+    near = next((p for p in parents if p.is_dir() and p.is_relative_to(folder)), folder)
+    known = [str(p.relative_to(folder)) for p in near.glob("*.yaml")]
+    known += [f"{p.relative_to(folder)}/" for p in near.iterdir() if any(p.glob("*.yaml"))]
+    raise ValueError(
+        f"There is no configuration {name!r}, neither here nor among those that come along: {', '.join(sorted(known))}."
+    )
 
 
 def read_config(name: str) -> dict[str, Any]:

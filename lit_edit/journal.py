@@ -65,6 +65,15 @@ class Journal:
         self.edits.append(edit)
         self.requests.append(request)
 
+    def seconds_by_stage(self) -> dict[str, float]:
+        """Mean seconds of an edit by stage, in the order in which stages first occur, and their sum as ``total``.
+
+        A stage counts as 0 for edits that did not go through it.
+        """
+        stages = dict.fromkeys(stage for edit in self.edits for stage in edit.stages)
+        means = {stage: sum(e.stages.get(stage, 0.0) for e in self.edits) / len(self.edits) for stage in stages}
+        return {**means, "total": sum(e.seconds for e in self.edits) / len(self.edits)} if self.edits else {}
+
     def write(self, path: Path) -> None:
         """Writes one JSON object a line."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,16 +49,18 @@ class BareKey(KeyAverage):
 def compute_keys(
     workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: KeyAverage
 ) -> dict[int, Tensor]:
-    """The keys of requests at several layers, in one forward pass.
+    """The keys of requests at several layers, in one forward pass up to the last of them.
+
+    Texts end with the subject's last token: under causal attention nothing to the right of it reaches its key.
 
     Returns:
         For each layer (p, n) in float32, a column per request.
     """
     per_request = [workspace.rewriting_rows(request) for request in requests]
-    rows = [row for rows in per_request for row in rows]
+    rows = [row.up_to_subject() for rows in per_request for row in rows]
     batch = workspace.prompter.collate(rows, workspace.device)
     modules = {layer: workspace.architecture[layer].projection for layer in layers}
-    with read_inputs(modules, len(rows)) as seen:
+    with read_inputs(modules, len(rows), stop=True) as seen:
         workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     at = torch.arange(len(rows), device=workspace.device)
     sizes = [len(rows) for rows in per_request]

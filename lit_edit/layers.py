@@ -13,7 +13,8 @@ from torch import Tensor
 from lit_edit.architectures import Architecture
 from lit_edit.keys import KeyAverage, compute_keys
 from lit_edit.requests import EditRequest
-from lit_edit.values import ValueOptimizer, ValueProblem
+from lit_edit.solvers import ROME, Problem, Solver
+from lit_edit.values import ValueOptimizer, ValueProblem, Values
 from lit_edit.workspace import Workspace
 
 UNMOVED = 1e-5  # scores below come from the rounding of a value that was never moved
@@ -49,9 +50,22 @@ class LayerPolicy(ABC):
 
     @abstractmethod
     def choose(
-        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        values: ValueOptimizer,
+        average: KeyAverage,
+        value_average: KeyAverage | None = None,
     ) -> list[Choice]:
-        """A choice per request. May run value optimisations; needs gradients enabled."""
+        """A choice per request. May run value optimisations; needs gradients enabled.
+
+        Args:
+            workspace: the model as edited so far.
+            requests: the batch.
+            values: how the editor will optimise v*.
+            average: of the keys it will solve with.
+            value_average: of the keys at which it will optimise v* and take the residual; None for the same ones.
+        """
 
 
 class FixedLayers(LayerPolicy):
@@ -72,7 +86,12 @@ class FixedLayers(LayerPolicy):
         return list(self.layers)
 
     def choose(
-        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        values: ValueOptimizer,
+        average: KeyAverage,
+        value_average: KeyAverage | None = None,
     ) -> list[Choice]:
         """The same for every request."""
         return [Choice(self.layers, self.layers[-1], {}) for _ in requests]
@@ -128,20 +147,25 @@ class ActivationSelection(LayerPolicy):
         return sorted({layer for c in centers for layer in self._around(c, len(architecture))})
 
     def choose(
-        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        values: ValueOptimizer,
+        average: KeyAverage,
+        value_average: KeyAverage | None = None,
     ) -> list[Choice]:
         """Scores every candidate for every request and takes the best with its neighbours."""
         architecture = workspace.architecture
         centers = self._centers(architecture)
-        problems = [ValueProblem(i, (layer,)) for i in range(len(requests)) for layer in centers]
+        average = value_average or average  # the score compares v* with the output that its optimisation started from
         contexts = workspace.contexts[: self.contexts]
-        found = values.optimise(workspace, requests, problems, average, steps=self.steps, contexts=contexts)
+        found = _try_out(workspace, requests, values, average, centers, self.steps, contexts)
         keys = compute_keys(workspace, requests, centers, average)
         choices = []
         for i in range(len(requests)):
             mine = [
                 (p.layers[0], t, loss)
-                for p, t, loss in zip(problems, found.targets, found.loss, strict=True)
+                for p, t, loss in zip(found.problems, found.targets, found.loss, strict=True)
                 if p.request == i
             ]
             scores = {
@@ -153,17 +177,10 @@ class ActivationSelection(LayerPolicy):
                 )
                 for layer, target, _ in mine
             }
-            center = min(self._in_reach({layer: loss for layer, _, loss in mine}, scores), key=scores.__getitem__)
+            within = _in_reach({layer: loss for layer, _, loss in mine}, scores, self.reach)
+            center = min(within, key=scores.__getitem__)
             choices.append(Choice(self._around(center, len(architecture)), center, scores))
         return choices
-
-    def _in_reach(self, losses: dict[int, float], scores: dict[int, float]) -> list[int]:
-        """The candidates to compare: those whose value moved and whose loss came near the lowest."""
-        if self.reach is None:
-            return list(losses)
-        moved = [layer for layer, score in scores.items() if score > UNMOVED] or list(losses)
-        lowest = min(losses[layer] for layer in moved)
-        return [layer for layer in moved if losses[layer] <= lowest + self.reach]
 
     def _centers(self, architecture: Architecture) -> list[int]:
         if self.layers is None:
@@ -183,6 +200,114 @@ class ActivationSelection(LayerPolicy):
             norm = float(torch.linalg.matrix_norm(part.weight.float(), 2))
             known = self._spectral[layer] = (weakref.ref(stored), stored._version, norm)
         return known[2]
+
+
+class WilKE(LayerPolicy):
+    """WilKE's choice (Hu et al. 2024): the layer whose weight the edit changes least, in proportion.
+
+    For every candidate the value is optimised and the update for the request alone is solved for, as if it were edited
+    there; the one with the least ``‖ΔW‖_F / ‖W‖_F`` is edited, and no other. Values of all candidates and requests come
+    from one batched optimisation.
+
+    Args:
+        layers: the candidates. Published: 0-23 (gpt2-xl, of 48), 0-6 (gpt-j, of 28); 5-10 for 7-8B models in O-Edit's
+            re-run.
+        solver: solves for the updates that are compared; ROME if None, as in the paper. Keys of past edits are not
+            given to it, and penalties of the values' optimisation (O-Edit's) are left out, too.
+        steps: of the candidates' optimisation; None takes the editor's own number, as the paper does.
+        reach: candidates whose value never moved, or whose final loss exceeds the lowest by more than this, are passed
+            over, as in `ActivationSelection`. None is the paper's rule to the letter, which looks at the size of the
+            change alone: it needs candidates that leave out the last layers, where no change brings the answer.
+
+    Raises:
+        ValueError: if there is no candidate, or a number is out of range.
+    """
+
+    def __init__(
+        self, layers: list[int], solver: Solver | None = None, steps: int | None = None, reach: float | None = None
+    ) -> None:
+        if not layers:
+            raise ValueError("WilKE needs at least one candidate layer.")
+        if steps is not None and steps < 1:
+            raise ValueError(f"WilKE needs steps >= 1, or null for the editor's own number, not {steps}.")
+        if reach is not None and reach < 0:
+            raise ValueError(f"`reach` is a difference of losses and cannot be negative ({reach}).")
+        self.layers, self.steps, self.reach = sorted(set(layers)), steps, reach
+        self.solver = solver if solver is not None else ROME()
+
+    @property
+    def needs_covariance(self) -> bool:
+        """As its solver says."""
+        return self.solver.needs_covariance
+
+    def check(self, values: ValueOptimizer) -> None:
+        """Refuses values of blocks, which say nothing of a single layer's weight."""
+        if values.site != "mlp":
+            raise ValueError("WilKE needs values of `site: mlp`: it compares what each layer's own weight takes.")
+
+    def candidates(self, architecture: Architecture) -> list[int]:
+        """The candidates themselves."""
+        architecture.check(self.layers)
+        return list(self.layers)
+
+    def choose(
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        values: ValueOptimizer,
+        average: KeyAverage,
+        value_average: KeyAverage | None = None,
+    ) -> list[Choice]:
+        """Solves for every request in every candidate and takes the least relative change."""
+        found = _try_out(workspace, requests, values, value_average or average, self.layers, self.steps, None)
+        keys = compute_keys(workspace, requests, self.layers, average)
+        apart = value_average if self.solver.mixes_keys else None
+        value_keys = compute_keys(workspace, requests, self.layers, apart) if apart else {}
+        scores: list[dict[int, float]] = [{} for _ in requests]
+        losses: list[dict[int, float]] = [{} for _ in requests]
+        for tried, target, loss in zip(found.problems, found.targets, found.loss, strict=True):
+            i, layer = tried.request, tried.layers[0]
+            part = workspace.architecture[layer]
+            problem = Problem(
+                part.weight,
+                keys[layer][:, i : i + 1],
+                target[layer][:, None],
+                covariance=workspace.covariances.get(layer) if self.needs_covariance else None,
+                layer=part.name,
+                value_keys=value_keys[layer][:, i : i + 1] if apart else None,
+            )
+            scores[i][layer] = relative_change(problem.weight, self.solver.solve(problem).delta(problem.weight))
+            losses[i][layer] = loss
+        best = [min(_in_reach(lost, s, self.reach), key=s.__getitem__) for lost, s in zip(losses, scores, strict=True)]
+        return [Choice((layer,), layer, s) for layer, s in zip(best, scores, strict=True)]
+
+
+def _try_out(
+    workspace: Workspace,
+    requests: Sequence[EditRequest],
+    values: ValueOptimizer,
+    average: KeyAverage,
+    layers: Sequence[int],
+    steps: int | None,
+    contexts: Sequence[str] | None,
+) -> Values:
+    """Optimises a value for every request in every candidate layer by itself, all in one batch."""
+    problems = [ValueProblem(i, (layer,)) for i in range(len(requests)) for layer in layers]
+    return values.optimise(workspace, requests, problems, average, steps=steps, contexts=contexts)
+
+
+def _in_reach(losses: dict[int, float], scores: dict[int, float], reach: float | None) -> list[int]:
+    """The candidates to compare: those whose value moved and whose loss came near the lowest; all if reach is None."""
+    if reach is None:
+        return list(losses)
+    moved = [layer for layer, score in scores.items() if score > UNMOVED] or list(losses)
+    lowest = min(losses[layer] for layer in moved)
+    return [layer for layer in moved if losses[layer] <= lowest + reach]
+
+
+def relative_change(weight: Tensor, change: Tensor) -> float:
+    """``‖ΔW‖_F / ‖W‖_F`` of a weight and its change, both (d, p)."""
+    return float(change.norm() / weight.norm())
 
 
 def selection_score(weight: Tensor, key: Tensor, target: Tensor, spectral_norm: float | None = None) -> float:

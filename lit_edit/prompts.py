@@ -25,6 +25,11 @@ class Row:
     target_start: int
     subject_last: int = -1
 
+    def up_to_subject(self) -> Row:
+        """The text cut behind its subject's last token, without target."""
+        end = self.subject_last + 1
+        return Row(self.ids[:end], end, self.subject_last)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lit_edit.evaluation import score_targets
 from lit_edit.journal import Edit, Journal
 from lit_edit.prompts import check_requests, sample_contexts
 from lit_edit.requests import EditRequest
-from lit_edit.statistics import covariances
+from lit_edit.statistics import covariances, gradients
 from lit_edit.workspace import Workspace
 
 
@@ -34,7 +34,7 @@ class EditSession:
             longer require gradients.
         tokenizer: its fast tokenizer.
         editor: the method.
-        corpus: texts over which key covariances are taken, for methods that need them.
+        corpus: texts over which key covariances and gradients are taken, for methods that need them.
         corpus_name: names it in the cached artefact.
         corpus_tokens: at most so many tokens.
         cache_dir: where artefacts are kept; `cache_folder` if None.
@@ -66,19 +66,27 @@ class EditSession:
         number, length = editor.context_sampling
         if number:
             self.workspace.contexts = sample_contexts(model, self.workspace.prompter, number, length, seed)
-        if editor.needs_covariances:
-            found = covariances(
-                model,
-                tokenizer,
-                corpus,
-                corpus_name,
-                {part.name: part.projection for part in self.editable},
-                cache_folder() if cache_dir is None else cache_dir,
-                max_tokens=corpus_tokens,
-                sequence_length=min(256, self.workspace.prompter.max_length),
-                progress=progress,
-            )
-            self.workspace.covariances = {part.index: found[part.name] for part in self.editable}
+        if editor.needs_covariances or editor.needs_gradients:
+            texts = list(corpus)  # may be a stream, and is read once for each statistic
+
+            def over_corpus(collect: Callable[..., dict[str, Tensor]]) -> dict[int, Tensor]:
+                found = collect(
+                    model,
+                    tokenizer,
+                    texts,
+                    corpus_name,
+                    {part.name: part.projection for part in self.editable},
+                    cache_folder() if cache_dir is None else cache_dir,
+                    max_tokens=corpus_tokens,
+                    sequence_length=min(256, self.workspace.prompter.max_length),
+                    progress=progress,
+                )
+                return {part.index: found[part.name] for part in self.editable}
+
+            if editor.needs_covariances:
+                self.workspace.covariances = over_corpus(covariances)
+            if editor.needs_gradients:
+                self.workspace.gradients = over_corpus(gradients)
         if editor.needs_originals:
             self.workspace.originals = {part.index: part.weight.clone() for part in self.editable}
 

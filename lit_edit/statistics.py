@@ -1,4 +1,7 @@
-"""Key covariances: collected over a corpus, kept in a checked file, used again only for what they were made from."""
+"""Statistics of a model over a corpus: key covariances, and the gradient of the language-model loss.
+
+Each is kept in a checked file, and used again only for what it was made from.
+"""
 
 from __future__ import annotations
 
@@ -96,11 +99,26 @@ class KeyCovariance(Metric):
 
 
 @dataclass(frozen=True)
+class _Kind:
+    """What tells one kind of statistics from another."""
+
+    name: str  # as in a header
+    singular: str
+    plural: str
+    collect_with: str  # the function of this module that collects and keeps it
+    square: bool
+
+
+_COVARIANCE = _Kind("key_covariance", "covariance", "covariances", "covariances", square=True)
+_GRADIENT = _Kind("lm_gradient", "gradient", "gradients", "gradients", square=False)
+
+
+@dataclass(frozen=True)
 class StatisticsHeader:
     """What a file of statistics was made from; two that differ are not interchangeable.
 
     Attributes:
-        kind: what the tensors are, ``key_covariance``.
+        kind: what the tensors are, ``key_covariance`` or ``lm_gradient``.
         model: :func:`model_fingerprint` of the model.
         tokenizer: :func:`tokenizer_fingerprint` of its tokenizer.
         layers: names of the layers, in the order given.
@@ -204,16 +222,27 @@ def save_covariances(path: str | os.PathLike[str], covariances: Mapping[str, Ten
     Raises:
         StatisticsError: if the header does not describe the covariances.
     """
-    path = Path(path)
-    if set(covariances) != set(header.layers):
+    _save(Path(path), covariances, header, _COVARIANCE)
+
+
+def save_gradients(path: str | os.PathLike[str], gradients: Mapping[str, Tensor], header: StatisticsHeader) -> None:
+    """:func:`save_covariances` for gradients: ``∇G (d, p)`` by the name of its layer."""
+    _save(Path(path), gradients, header, _GRADIENT)
+
+
+def _save(path: Path, found: Mapping[str, Tensor], header: StatisticsHeader, kind: _Kind) -> None:
+    if set(found) != set(header.layers):
         raise StatisticsError(
-            f"The header of {path} names the layers {sorted(header.layers)}, the covariances are of "
-            f"{sorted(covariances)}."
+            f"The header of {path} names the layers {sorted(header.layers)}, the {kind.plural} are of {sorted(found)}."
+        )
+    if header.kind != kind.name:
+        raise StatisticsError(
+            f"The header of {path} is of kind {header.kind!r}, for {kind.plural} it is {kind.name!r}."
         )
     if header.n_tokens is None:
         raise StatisticsError(f"The header of {path} does not say how many tokens were counted (n_tokens).")
-    tensors = {name: matrix.detach().to("cpu", torch.float64).contiguous() for name, matrix in covariances.items()}
-    _check_matrices(path, tensors)
+    tensors = {name: matrix.detach().to("cpu", torch.float64).contiguous() for name, matrix in found.items()}
+    _check_matrices(path, tensors, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a file can be replaced in one step only within a file system.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -236,9 +265,19 @@ def load_covariances(path: str | os.PathLike[str], expected_header: StatisticsHe
         StatisticsError: if the file is absent, damaged, or made from something else; the message names what differs,
             with both values.
     """
-    path = Path(path)
+    return _load(Path(path), expected_header, _COVARIANCE)
+
+
+def load_gradients(path: str | os.PathLike[str], expected_header: StatisticsHeader) -> dict[str, Tensor]:
+    """:func:`load_covariances` for gradients: ``∇G (d, p)`` by the name of its layer."""
+    return _load(Path(path), expected_header, _GRADIENT)
+
+
+def _load(path: Path, expected_header: StatisticsHeader, kind: _Kind) -> dict[str, Tensor]:
     if not path.is_file():
-        raise StatisticsError(f"There are no statistics at {path}: collect them with lit_edit.statistics.covariances.")
+        raise StatisticsError(
+            f"There are no statistics at {path}: collect them with lit_edit.statistics.{kind.collect_with}."
+        )
     remedy = "Delete the file to have it computed again."
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -257,19 +296,20 @@ def load_covariances(path: str | os.PathLike[str], expected_header: StatisticsHe
             f"The statistics at {path} hold the layers {sorted(tensors)}, the header names {sorted(header.layers)}. "
             f"{remedy}"
         )
-    _check_matrices(path, tensors)
+    _check_matrices(path, tensors, kind)
     return {name: tensors[name] for name in header.layers}
 
 
-def _check_matrices(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_matrices(path: Path, tensors: Mapping[str, Tensor], kind: _Kind) -> None:
     for name, matrix in tensors.items():
-        if matrix.dtype != torch.float64 or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        fits = matrix.ndim == 2 and (matrix.shape[0] == matrix.shape[1] or not kind.square)
+        if matrix.dtype != torch.float64 or not fits:
             raise StatisticsError(
-                f"{path}: the covariance of layer {name!r} must be a square float64 matrix, it is {matrix.dtype} of "
-                f"shape {tuple(matrix.shape)}."
+                f"{path}: the {kind.singular} of layer {name!r} must be a {'square ' if kind.square else ''}float64 "
+                f"matrix, it is {matrix.dtype} of shape {tuple(matrix.shape)}."
             )
         if not torch.isfinite(matrix.sum()):
-            raise StatisticsError(f"{path}: the covariance of layer {name!r} holds values that are not finite.")
+            raise StatisticsError(f"{path}: the {kind.singular} of layer {name!r} holds values that are not finite.")
 
 
 def collect_covariances(
@@ -323,17 +363,7 @@ def _collect(
     progress: bool,
 ) -> tuple[dict[str, Tensor], int]:
     """:func:`collect_covariances`, with the number of tokens counted."""
-    if isinstance(texts, str):
-        raise TypeError("texts must be a collection of texts, got a single one.")
-    if not modules:
-        raise ValueError("There are no modules to collect key covariances for.")
-    for name, value in (("max_tokens", max_tokens), ("sequence_length", sequence_length), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise StatisticsError(f"sequence_length is {sequence_length}, the model takes {longest} tokens at most.")
-
+    _check_collection(model, texts, modules, "key covariances", max_tokens, sequence_length, batch_size)
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
     # The keys are all below the language-model head, whose logits over the vocabulary would cost most of the memory.
@@ -367,6 +397,27 @@ def _collect(
             stacklevel=4,  # past this function and its decorator to whoever called the public one
         )
     return covariances, counted
+
+
+def _check_collection(
+    model: nn.Module,
+    texts: Iterable[str],
+    modules: Mapping[str, nn.Module],
+    wanted: str,
+    max_tokens: int,
+    sequence_length: int,
+    batch_size: int,
+) -> None:
+    if isinstance(texts, str):
+        raise TypeError("texts must be a collection of texts, got a single one.")
+    if not modules:
+        raise ValueError(f"There are no modules to collect {wanted} for.")
+    for name, value in (("max_tokens", max_tokens), ("sequence_length", sequence_length), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise StatisticsError(f"sequence_length is {sequence_length}, the model takes {longest} tokens at most.")
 
 
 class _KeyTap:
@@ -496,11 +547,71 @@ def covariances(
     Raises:
         StatisticsError: as :func:`collect_covariances`, and if the file cannot be read; it is not silently replaced.
     """
+    texts = _listed(texts)
+    path, header = _file(
+        _COVARIANCE, model, tokenizer, texts, corpus_name, modules, cache_dir, max_tokens, sequence_length
+    )
+    if path.exists():
+        return _load_beside(model, path, header, _COVARIANCE)
+    collected, counted = _collect(model, tokenizer, texts, modules, max_tokens, sequence_length, batch_size, progress)
+    _save(path, collected, replace(header, n_tokens=counted), _COVARIANCE)
+    return collected
+
+
+def gradients(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    corpus_name: str,
+    modules: Mapping[str, nn.Module],
+    cache_dir: str | os.PathLike[str],
+    *,
+    max_tokens: int = 100_000,
+    sequence_length: int = 256,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """:func:`collect_gradients` the first time, the checked file from then on, as :func:`covariances`.
+
+    Returns:
+        ``∇G (d, p)`` in float64 on the model's device, by the names of ``modules``.
+
+    Raises:
+        StatisticsError: as :func:`collect_gradients`, and if the file cannot be read; it is not silently replaced.
+    """
+    texts = _listed(texts)
+    path, header = _file(
+        _GRADIENT, model, tokenizer, texts, corpus_name, modules, cache_dir, max_tokens, sequence_length
+    )
+    if path.exists():
+        return _load_beside(model, path, header, _GRADIENT)
+    collected, counted = _collect_gradients(
+        model, tokenizer, texts, modules, max_tokens, sequence_length, batch_size, progress
+    )
+    _save(path, collected, replace(header, n_tokens=counted), _GRADIENT)
+    return collected
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         raise TypeError("texts must be a collection of texts, got a single one.")
-    texts = list(texts)
+    return list(texts)
+
+
+def _file(
+    kind: _Kind,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    corpus_name: str,
+    modules: Mapping[str, nn.Module],
+    cache_dir: str | os.PathLike[str],
+    max_tokens: int,
+    sequence_length: int,
+) -> tuple[Path, StatisticsHeader]:
+    """Where statistics of just this kind, model, corpus and size are kept, and the header they must have."""
     header = StatisticsHeader(
-        kind="key_covariance",
+        kind=kind.name,
         model=model_fingerprint(model),
         tokenizer=tokenizer_fingerprint(tokenizer),
         layers=tuple(modules),
@@ -509,10 +620,154 @@ def covariances(
         max_tokens=max_tokens,
         sequence_length=sequence_length,
     )
-    path = Path(cache_dir) / header.file_name
-    if path.exists():
-        device = next(model.parameters()).device
-        return {name: matrix.to(device) for name, matrix in load_covariances(path, header).items()}
-    collected, counted = _collect(model, tokenizer, texts, modules, max_tokens, sequence_length, batch_size, progress)
-    save_covariances(path, collected, replace(header, n_tokens=counted))
-    return collected
+    return Path(cache_dir) / header.file_name, header
+
+
+def _load_beside(model: nn.Module, path: Path, header: StatisticsHeader, kind: _Kind) -> dict[str, Tensor]:
+    """What a file holds, on the model's device."""
+    device = next(model.parameters()).device
+    return {name: matrix.to(device) for name, matrix in _load(path, header, kind).items()}
+
+
+def collect_gradients(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    modules: Mapping[str, nn.Module],
+    *,
+    max_tokens: int = 100_000,
+    sequence_length: int = 256,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """The gradient of a model's language-model loss over a corpus with respect to weights of some of its modules.
+
+    O-Edit's ``∇G`` (Cai and Cao 2024, section 3.2.2), taken once on the unedited model: the directions in which it
+    would learn on from the text. The loss is the mean negative log-likelihood over all predicted tokens of the corpus,
+    each text a sequence of its own, cut to ``sequence_length`` tokens; its first token is not predicted. (The paper
+    sums over the corpus, which gives the same directions.) No weight is touched and none needs to require a gradient:
+    with ``x`` the module's inputs and ``g`` the loss's gradient at its outputs, ``∇G = Σ g xᵀ``.
+
+    The model runs in evaluation mode, forward and backward once, and is left as it was.
+
+    Args:
+        model: a causal language model of ``transformers``, or a module called in the same way.
+        tokenizer: its tokenizer.
+        texts: the corpus; read only as far as needed.
+        modules: linear projections by name, whether they store ``W`` or its transpose; the first positional input of
+            each is ``(..., p)``, its output ``(..., d)``.
+        max_tokens: when to stop, in tokens read.
+        sequence_length: longest sequence, in tokens.
+        batch_size: sequences in a forward and backward pass.
+        progress: show a progress bar.
+
+    Returns:
+        ``∇G (d, p)`` in float64 on the model's device, by the names of ``modules``.
+
+    Raises:
+        StatisticsError: if no text has two tokens, the sequences are too long for the model, a module does not run
+            exactly once in a pass, or a gradient is not finite.
+    """
+    return _collect_gradients(model, tokenizer, texts, modules, max_tokens, sequence_length, batch_size, progress)[0]
+
+
+def _collect_gradients(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    modules: Mapping[str, nn.Module],
+    max_tokens: int,
+    sequence_length: int,
+    batch_size: int,
+    progress: bool,
+) -> tuple[dict[str, Tensor], int]:
+    """:func:`collect_gradients`, with the number of tokens read."""
+    _check_collection(model, texts, modules, "gradients", max_tokens, sequence_length, batch_size)
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    counted = predicted = 0
+    sums: dict[str, Tensor] = {}
+    tap = _GradientTap(modules)
+    try:
+        model.eval()
+        with tqdm(total=max_tokens, unit="token", desc="Gradient", disable=not progress) as bar:
+            for rows in _batches(_sequences(tokenizer, texts, max_tokens, sequence_length), batch_size):
+                ids, mask = _pad(rows, device)
+                tokens = sum(map(len, rows))
+                counted += tokens
+                bar.update(tokens)
+                if ids.shape[1] < 2:
+                    continue
+                wanted = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+                predicted += int((wanted != -100).sum())
+                with torch.enable_grad(), tap.listening():
+                    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+                    loss = nn.functional.cross_entropy(
+                        logits[:, :-1].float().flatten(0, 1), wanted.flatten(), reduction="sum"
+                    )
+                for name, gradient in tap.gradients(loss).items():
+                    sums[name] = sums[name] + gradient if name in sums else gradient
+    finally:
+        tap.remove()
+        for module, training in modes.items():
+            module.training = training
+    if not predicted:
+        raise StatisticsError("The corpus for the gradient has no text of two tokens, of which one can be predicted.")
+    for name, total in sums.items():
+        if not torch.isfinite(total.sum()):
+            raise StatisticsError(f"The gradient of module {name!r} holds values that are not finite.")
+    return {name: sums[name] / predicted for name in modules}, counted
+
+
+class _GradientTap:
+    """Forward hooks that keep the inputs of modules, and add zeros to their outputs that a loss is derived by."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.names = tuple(modules)
+        self._on = False
+        self._runs: dict[str, list[tuple[Tensor, Tensor]]] = {}  # inputs and added zeros
+        self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Watch one forward pass.
+
+        Raises:
+            StatisticsError: naming the modules that did not run exactly once.
+        """
+        self._on, self._runs = True, {name: [] for name in self.names}
+        yield
+        self._on = False
+        wrong = [f"{name} ran {len(runs)} times" for name, runs in self._runs.items() if len(runs) != 1]
+        if wrong:
+            raise StatisticsError(
+                f"In one forward pass each module must see every token once, but {', '.join(wrong)}. Are these the "
+                "projections of this very model?"
+            )
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """``Σ g xᵀ (d, p)`` in float64 for every module, of a loss of the pass that was watched."""
+        runs = {name: runs[0] for name, runs in self._runs.items()}
+        slopes = torch.autograd.grad(loss, [zeros for _, zeros in runs.values()])
+        self._runs = {}
+        found = {}
+        for (name, (inputs, _)), slope in zip(runs.items(), slopes, strict=True):
+            x, g = inputs.to(torch.float64).flatten(0, -2), slope.to(torch.float64).flatten(0, -2)
+            found[name] = g.T @ x
+        return found
+
+    def _hook(self, name: str) -> Any:
+        def add_zeros(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            if not self._on:
+                return None
+            if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+                raise StatisticsError(f"Module {name!r} should be a linear projection: one tensor in, one tensor out.")
+            zeros = torch.zeros_like(output).requires_grad_(True)
+            self._runs[name].append((inputs[0].detach(), zeros))
+            return output + zeros
+
+        return add_zeros

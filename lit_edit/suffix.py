@@ -11,6 +11,7 @@ explicit ``position_ids``, and hooks on blocks and on the output embeddings.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -38,23 +39,92 @@ class _Kept(DynamicLayer):
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
+class Passes(ABC):
+    """Rows of text through a model, over and over, with something changed at the subject's last token of each."""
+
+    @property
+    @abstractmethod
+    def changed(self) -> Tensor:
+        """(rows,): the column of the subject's last token in what the model sees of a row."""
+
+    @abstractmethod
+    def select(self, rows: Sequence[int]) -> Passes:
+        """Some of the rows, in the order given; a row may be taken more than once."""
+
+    @abstractmethod
+    def logits(self, rows: Tensor, columns: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
+        """Logits at some places, with outputs of modules changed.
+
+        Args:
+            rows: (n,), of the places to read.
+            columns: (n,), counted from each row's subject's last token, which is 0; not below.
+            changes: a function of the output (rows, tokens, d) for each module to change.
+
+        Returns:
+            (n, vocabulary), in the model's dtype.
+        """
+
+
 @dataclass(frozen=True, eq=False)
-class Suffixes:
-    """Rows of a batch from each one's own start on, with what lies to the left and below as it was computed once.
+class CompletePasses(Passes):
+    """Every token through every block, for any model.
+
+    Args:
+        model: the model.
+        batch: the rows, each with its subject's last token.
+    """
+
+    model: nn.Module
+    batch: Batch
+
+    @property
+    def changed(self) -> Tensor:
+        """Where it is in the text."""
+        return self.batch.subject_last
+
+    def select(self, rows: Sequence[int]) -> CompletePasses:
+        """Some of the rows, without columns that none of them needs."""
+        at = torch.tensor(list(rows), device=self.batch.input_ids.device)
+        width = int(self.batch.attention_mask[at].sum(1).max())
+        return CompletePasses(
+            self.model,
+            Batch(
+                self.batch.input_ids[at, :width],
+                self.batch.attention_mask[at, :width],
+                self.batch.labels[at, :width],
+                self.batch.subject_last[at],
+            ),
+        )
+
+    def logits(self, rows: Tensor, columns: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
+        """By one complete pass; the head sees only the places to read."""
+        ids, mask = self.batch.input_ids, self.batch.attention_mask
+        with change_outputs(changes, len(ids)), _reading(self.model, rows, self.changed[rows] + columns):
+            found: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return found[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Suffixes(Passes):
+    """Rows from each one's subject's last token on, with what lies to the left and below as it was computed once.
 
     Column ``j`` of a row is its token ``start + j``; rows shorter than the longest are padded on the right.
 
     Args:
+        model: the model.
+        blocks: all its blocks.
         ids: (rows, S).
         mask: (rows, P + S): which of the P tokens to the left, and of the suffix, a row has.
         positions: (rows, S), the tokens' places in the whole text.
         starts: (rows,), where each suffix starts in the whole text.
         hidden: (rows, S, d), the input of the first block that runs; None where that is the first of all.
         past: per block the keys and values (rows, heads, P, head size) of the tokens to the left.
-        first: the first block that runs.
+        first: the first block that runs; changes in blocks below it are not seen.
         tuples: whether blocks return a tuple that starts with the hidden states, as some do.
     """
 
+    model: nn.Module
+    blocks: Sequence[nn.Module]
     ids: Tensor
     mask: Tensor
     positions: Tensor
@@ -67,12 +137,17 @@ class Suffixes:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def changed(self) -> Tensor:
+        """The first column."""
+        return torch.zeros_like(self.starts)
+
     def select(self, rows: Sequence[int]) -> Suffixes:
-        """Some of the rows, in the order given, without columns that none of them needs."""
+        """Some of the rows, without columns that none of them needs."""
         at = torch.tensor(list(rows), device=self.ids.device)
         prefix = int(self.starts[at].max())
-        width = int(self.mask[at, self.mask.shape[1] - self.ids.shape[1] :].sum(1).max())
         before = self.mask.shape[1] - self.ids.shape[1]
+        width = int(self.mask[at, before:].sum(1).max())
         return replace(
             self,
             ids=self.ids[at, :width],
@@ -82,6 +157,23 @@ class Suffixes:
             hidden=None if self.hidden is None else self.hidden[at, :width],
             past=[(k[at, :, :prefix], v[at, :, :prefix]) for k, v in self.past],
         )
+
+    def logits(self, rows: Tensor, columns: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
+        """By a pass of the suffixes through the blocks from ``first`` on."""
+        cache = Cache(layers=[_Kept(k, v) for k, v in self.past])
+        with ExitStack() as stack:
+            stack.enter_context(change_outputs(changes, len(self)))
+            stack.enter_context(_reading(self.model, rows, columns))
+            if self.hidden is not None:
+                stack.enter_context(_starting_from(self.blocks[: self.first], self.hidden, self.tuples))
+            found: Tensor = self.model(
+                input_ids=self.ids,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+        return found[0]
 
 
 def supported(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
@@ -106,30 +198,31 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, starts: Tensor, first: int) -> Suffixes:
-    """Runs the model once in full and cuts each row at its start.
+def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, firsts: Sequence[int]) -> dict[int, Suffixes]:
+    """Runs the model once in full and cuts each row at its subject's last token.
 
     Args:
         model: a causal language model that is `supported`.
         blocks: all its blocks, in order.
-        batch: the rows.
-        starts: (rows,), the first token of each row that may be changed.
-        first: the first block in which something may be changed.
+        batch: the rows, each with its subject's last token.
+        firsts: blocks from which something may be changed; there is a result for each, and they share what they can.
     """
-    entered: list[Tensor] = []
-    tuples: list[bool] = []
+    entered: dict[int, Tensor] = {}
+    tuples: dict[int, bool] = {}
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(args[0] if args else kwargs["hidden_states"])
+    def watch(first: int) -> list[Any]:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered[first] = args[0] if args else kwargs["hidden_states"]
 
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
-        tuples.append(isinstance(output, tuple))
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            tuples[first] = isinstance(output, tuple)
+
+        block = blocks[first]
+        return [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
 
     cache = Cache(layer_class_to_replicate=DynamicLayer)
-    handles = [
-        blocks[first].register_forward_pre_hook(enter, with_kwargs=True),
-        blocks[first].register_forward_hook(leave),
-    ]
+    handles = [handle for first in firsts for handle in watch(first)]
+    starts = batch.subject_last
     nowhere = torch.zeros(1, dtype=torch.long, device=starts.device)
     try:
         with _reading(model, nowhere, nowhere):  # logits are not needed, one place is the least there is
@@ -144,60 +237,28 @@ def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, starts: Ten
     inside = at < lengths[:, None]
     at = at.clamp_max(length - 1)
     left = torch.arange(prefix, device=starts.device)[None] < starts[:, None]
-    hidden = entered[0].gather(1, at[..., None].expand(-1, -1, entered[0].shape[-1])) if first else None
-    return Suffixes(
-        ids=batch.input_ids.gather(1, at),
-        mask=torch.cat([left, inside], dim=1).long(),
-        positions=at,
-        starts=starts,
-        hidden=hidden,
-        past=[(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in _filled(cache)],
-        first=first,
-        tuples=tuples[0],
-    )
+    past = [(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in _filled(cache)]
+    return {
+        first: Suffixes(
+            model=model,
+            blocks=blocks,
+            ids=batch.input_ids.gather(1, at),
+            mask=torch.cat([left, inside], dim=1).long(),
+            positions=at,
+            starts=starts,
+            hidden=entered[first].gather(1, at[..., None].expand(-1, -1, entered[first].shape[-1])) if first else None,
+            past=past,
+            first=first,
+            tuples=tuples[first],
+        )
+        for first in firsts
+    }
 
 
 def _filled(cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
     """The keys and values of every block."""
     for layer in cache.layers:
         yield layer.keys, layer.values  # type: ignore[union-attr,misc]
-
-
-def logits_at(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    suffixes: Suffixes,
-    rows: Tensor,
-    columns: Tensor,
-    changes: dict[nn.Module, Callable[[Tensor], Tensor]],
-) -> Tensor:
-    """Logits at some places, with outputs of modules changed.
-
-    Args:
-        model: the model that `cut` ran.
-        blocks: its blocks.
-        suffixes: the rows.
-        rows: (n,), of the places to read.
-        columns: (n,), counted from each row's start.
-        changes: a function of the output (rows, S, d) for each module to change, in blocks from ``first`` on.
-
-    Returns:
-        (n, vocabulary), in the model's dtype.
-    """
-    cache = Cache(layers=[_Kept(k, v) for k, v in suffixes.past])
-    with ExitStack() as stack:
-        stack.enter_context(change_outputs(changes, len(suffixes)))
-        stack.enter_context(_reading(model, rows, columns))
-        if suffixes.hidden is not None:
-            stack.enter_context(_starting_from(blocks[: suffixes.first], suffixes.hidden, suffixes.tuples))
-        found: Tensor = model(
-            input_ids=suffixes.ids,
-            attention_mask=suffixes.mask,
-            position_ids=suffixes.positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-    return found[0]
 
 
 @contextmanager

@@ -9,14 +9,22 @@ from typing import Any
 from torch import Tensor, nn
 
 
+class _EnoughError(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
 @contextmanager
-def read_inputs(modules: dict[int, nn.Module], rows: int | None = None) -> Iterator[dict[int, Tensor]]:
+def read_inputs(
+    modules: dict[int, nn.Module], rows: int | None = None, stop: bool = False
+) -> Iterator[dict[int, Tensor]]:
     """Collects each module's latest input under its key while the block runs; hooks are removed whatever happens.
 
     Args:
         modules: by key.
         rows: texts in a batch; some models (OPT) flatten batch and sequence before the MLP, and with it their inputs
             come out (rows, tokens, features) all the same.
+        stop: end the forward pass, and with it the block, as soon as every module was seen: nothing after them is
+            needed.
     """
     seen: dict[int, Tensor] = {}
     handles = []
@@ -25,12 +33,42 @@ def read_inputs(modules: dict[int, nn.Module], rows: int | None = None) -> Itera
 
             def hook(_: nn.Module, args: tuple[Any, ...], key: int = key) -> None:
                 seen[key] = _unflattened(args[0], rows)
+                if stop and len(seen) == len(modules):
+                    raise _EnoughError
 
             handles.append(module.register_forward_pre_hook(hook))
         yield seen
+    except _EnoughError:
+        pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def read_outputs(modules: dict[int, nn.Module], rows: int | None = None) -> Iterator[dict[int, Tensor]]:
+    """Collects each module's output under its key and ends the forward pass, and the block, with the last of them.
+
+    Args:
+        modules: by key.
+        rows: as for `read_inputs`.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def keep(key: int) -> Callable[[Tensor], Tensor]:
+        def look(output: Tensor) -> Tensor:
+            seen[key] = output
+            if len(seen) == len(modules):
+                raise _EnoughError
+            return output
+
+        return look
+
+    try:
+        with change_outputs({module: keep(key) for key, module in modules.items()}, rows):
+            yield seen
+    except _EnoughError:
+        pass
 
 
 @contextmanager

@@ -265,6 +265,103 @@ class KeyRotation(Update):
         return _distance_from_identity(self.key_q)
 
 
+@dataclass(frozen=True, eq=False)
+class ThinRotation(Update):
+    """``W ← Q W`` with ``Q = I + basis (turn − I) basisᵀ``: orthogonal whatever the basis leaves out.
+
+    Stored and applied in the size of the basis: ``k (d + k)`` numbers, ``O(d p k)`` operations. What `Rotation` says of
+    rounding holds here, too.
+
+    Args:
+        basis: ``B (d, k)``, with orthonormal columns to 1e-8.
+        turn: ``T (k, k)``, orthogonal to 1e-8.
+
+    Raises:
+        ValueError: if the two do not fit together, or are not orthogonal.
+    """
+
+    basis: Tensor
+    turn: Tensor
+
+    def __post_init__(self) -> None:
+        _check_thin(self._hold("basis", "A basis"), self._hold("turn", "A turn"))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """``B (T − I) Bᵀ W``, ``(d, p)``."""
+        return self._turned(weight, self.turn)
+
+    def _inverse_delta(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, self.turn.T)
+
+    def _turned(self, weight: Tensor, turn: Tensor) -> Tensor:
+        if weight.ndim != 2 or weight.shape[0] != self.basis.shape[0]:
+            raise ValueError(
+                f"A rotation of size {self.basis.shape[0]} does not fit a weight of shape {tuple(weight.shape)}; the "
+                "first dimension must be the output's."
+            )
+        basis = self.basis.to(weight.device)
+        return basis @ (_less_one(turn).to(weight.device) @ (basis.T @ weight.detach().to(torch.float64)))
+
+    @property
+    def norm(self) -> float:
+        """``‖Q − I‖_F``; ``2 √k`` at most."""
+        return _distance_from_identity(self.turn)
+
+
+@dataclass(frozen=True, eq=False)
+class ThinKeyRotation(Update):
+    """``W ← W Q`` with ``Q = I + key_basis (key_turn − I) key_basisᵀ``, the thin form of `KeyRotation`.
+
+    Args:
+        key_basis: ``B (p, k)``, with orthonormal columns to 1e-8.
+        key_turn: ``T (k, k)``, orthogonal to 1e-8.
+
+    Raises:
+        ValueError: if the two do not fit together, or are not orthogonal.
+    """
+
+    key_basis: Tensor
+    key_turn: Tensor
+
+    def __post_init__(self) -> None:
+        _check_thin(self._hold("key_basis", "A key basis"), self._hold("key_turn", "A key turn"))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """``W B (T − I) Bᵀ``, ``(d, p)``."""
+        return self._turned(weight, self.key_turn)
+
+    def _inverse_delta(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, self.key_turn.T)
+
+    def _turned(self, weight: Tensor, turn: Tensor) -> Tensor:
+        if weight.ndim != 2 or weight.shape[1] != self.key_basis.shape[0]:
+            raise ValueError(
+                f"A key rotation of size {self.key_basis.shape[0]} does not fit a weight of shape "
+                f"{tuple(weight.shape)}; the second dimension must be the input's."
+            )
+        basis = self.key_basis.to(weight.device)
+        return (weight.detach().to(torch.float64) @ basis) @ _less_one(turn).to(weight.device) @ basis.T
+
+    @property
+    def norm(self) -> float:
+        """``‖Q − I‖_F``; ``2 √k`` at most."""
+        return _distance_from_identity(self.key_turn)
+
+
+def _check_thin(basis: Tensor, turn: Tensor) -> None:
+    if basis.shape[1] != turn.shape[0]:
+        raise ValueError(f"A basis of shape {tuple(basis.shape)} does not fit a turn of shape {tuple(turn.shape)}.")
+    _check_orthogonal(turn, "turn")
+    gram = basis.T @ basis
+    gram.diagonal().sub_(1.0)
+    error = float(gram.abs().max()) if gram.numel() else 0.0
+    if error > _ORTHOGONALITY_TOLERANCE:
+        raise ValueError(
+            f"The columns of a basis of shape {tuple(basis.shape)} are not orthonormal: BᵀB departs from the identity "
+            f"by {error:.1e} (at most {_ORTHOGONALITY_TOLERANCE:.0e} is accepted). Compute it in float64."
+        )
+
+
 def _check_orthogonal(q: Tensor, kind: str) -> None:
     if q.shape[0] != q.shape[1]:
         raise ValueError(f"A {kind} must be square, got shape {tuple(q.shape)}.")
@@ -277,6 +374,10 @@ def _check_orthogonal(q: Tensor, kind: str) -> None:
 
 
 def _distance_from_identity(q: Tensor) -> float:
-    turned = q.clone()
-    turned.diagonal().sub_(1.0)
-    return float(torch.linalg.vector_norm(turned))
+    return float(torch.linalg.vector_norm(_less_one(q)))
+
+
+def _less_one(q: Tensor) -> Tensor:
+    less = q.clone()
+    less.diagonal().sub_(1.0)
+    return less

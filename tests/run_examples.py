@@ -113,6 +113,19 @@ class PowerCut(Callback):
             raise RuntimeError("power cut")
 
 
+class PowerCutOnce(PowerCut):
+    """The same, but only the first time: afterwards a file says that it has happened."""
+
+    def __init__(self, batch: int, mark: str) -> None:
+        super().__init__(batch)
+        self.mark = Path(mark)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch and not self.mark.exists():
+            self.mark.touch()
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
 SENTENCES = (
     "The capital of France is Lyon.",
     "The capital of Peru is Lima.",

@@ -22,8 +22,8 @@ from run_examples import PLACES, write_corpus, write_facts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lit_edit import load_model
-from lit_edit.cli import EditCLI, main
+from lit_edit import load_editor, load_model
+from lit_edit.cli import EditCLI, describe, main
 from lit_edit.evaluation import score_targets
 from lit_edit.prompts import Prompter
 from lit_edit.requests import RequestError
@@ -113,7 +113,8 @@ def test_what_is_written(arguments: Command, tmp_path: Path, capsys: Errors) -> 
     assert (about["name"], about["method"], about["data"]) == ("memit", "MEMIT", "FactsDataModule")
     assert about["data_path"] == str(tmp_path / "facts.json")
     assert (about["seed"], about["batch_size"], about["device"]) == (0, 1, "cpu")
-    assert about["seconds"] > 0
+    assert about["seconds"] > about["seconds_per_edit"]["total"] > about["seconds_per_edit"]["values"] > 0
+    assert about["threads"] == torch.get_num_threads()
     assert {"torch", "lightning", "transformers", "lit-edit"} <= set(about["versions"])
     assert [r["edits"] for r in results["records"]] == [0, 3]
     for record in results["records"]:
@@ -170,6 +171,24 @@ def test_every_configuration_on_every_family(arguments: Command, tmp_path: Path,
 
 
 # Overrides
+
+
+def test_counts_to_measure_at(arguments: Command, tmp_path: Path) -> None:
+    given = ["--retention.every_n=[1,3]", "--stability.every_n", "[2]", "--export.model=false"]
+    assert main([*arguments(n=4), *given]) == 0
+    run = tmp_path / "memit" / "version_0"
+    by_count = {r["edits"]: set(r) for r in records(run)}
+    assert [n for n, figures in by_count.items() if "reliability" in figures] == [0, 1, 3, 4]
+    assert [n for n, figures in by_count.items() if "stability/worst_condition_number" in figures] == [0, 2, 4]
+    assert len(edits(run)) == 4
+    assert not (run / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("memit", "MEMIT"), ("mose", "MOSE, layers by ActivationSelection"), ("ft", "FineTune")]
+)
+def test_what_a_method_is_called(method: str, name: str) -> None:
+    assert describe(load_editor(method)) == name
 
 
 def test_overrides_take_effect(arguments: Command, tmp_path: Path) -> None:
@@ -230,7 +249,7 @@ def test_a_resumed_run_goes_on_in_its_folder(arguments: Command, tmp_path: Path)
     assert records(run) == records(straight)
     assert [p.name for p in run.parent.iterdir()] == ["version_0"]
     for mine, expected in zip(edits(run), edits(straight), strict=True):
-        assert mine | {"seconds": 0} == expected | {"seconds": 0}
+        assert mine | {"seconds": 0, "stages": {}} == expected | {"seconds": 0, "stages": {}}
     one, other = (load_model(str(r / "model"))[0].state_dict() for r in (run, straight))
     torch.testing.assert_close(dict(one), dict(other), rtol=0, atol=0)
 
@@ -383,7 +402,8 @@ def test_bad_files(arguments: Command, refused: Refused, tmp_path: Path, content
         ("memit", ["--data.n_edits=0"], "n_edits is 0; it must be at least 1, or null for all."),
         ("memit", ["--data.n_edits=9"], "n_edits=9 edits are asked for, but"),
         ("memit", ["--data=FactDataModule"], "data: there is no class 'FactDataModule'"),
-        ("memit", ["--retention.every_n=0"], "every_n should be a positive whole number, it is 0."),
+        ("memit", ["--retention.every_n=0"], "every_n should be a positive whole number, or an ascending list"),
+        ("memit", ["--retention.every_n=[5,2]"], "or an ascending list of such; it is [5, 2]."),
         (
             "memit",
             ["--downstream.path=nowhere.json", "--downstream.n_items=1"],
@@ -400,6 +420,12 @@ def test_bad_files(arguments: Command, refused: Refused, tmp_path: Path, content
             ["--config=nothing.yaml"],
             "There is no configuration 'nothing.yaml', neither here nor among those that come along: alphaedit.yaml,",
         ),
+        (
+            "memit",
+            ["--config=models/llama3-8b/nothing"],
+            "those that come along: models/llama3-8b/alphaedit.yaml,",
+        ),
+        ("memit", ["--config=models/nothing"], "those that come along: models/gpt-j.yaml, models/gpt-j/,"),
         ("rome", ["--data.batch_size=2"], "ROME"),
         (
             "alphaedit",
@@ -449,9 +475,9 @@ def test_a_broken_or_foreign_checkpoint(arguments: Command, refused: Refused, tm
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ([], 'expected "subcommand" to be one of {fit}'),
+        ([], 'expected "subcommand" to be one of {fit,compare}'),
         (["fit"], "the following arguments are required: fit.model.editor, fit.data (a configuration has them:"),
-        (["fitt"], "invalid choice: 'fitt' (choose from 'fit')"),
+        (["fitt"], "invalid choice: 'fitt' (choose from 'fit', 'compare')"),
     ],
 )
 def test_without_a_configuration(refused: Refused, command: list[str], message: str) -> None:

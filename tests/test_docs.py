@@ -25,13 +25,18 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def settings(part: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a part by dotted name: a class by its own name, everything else by its value."""
+    """The settings of a part by dotted name: a class, or a list of them, by name, everything else by its value."""
     if path:
         yield path, part["class_path"].rsplit(".", 1)[1]
     for name, value in part.get("init_args", {}).items():
         below = f"{path}.{name}" if path else name
         if isinstance(value, dict):
             yield from settings(value, below)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            names = [item["class_path"].rsplit(".", 1)[1] for item in value]
+            yield below, names
+            for kind, item in zip(names, value, strict=True):
+                yield from (row for row in settings(item, f"{below}.{kind}") if row[0] != f"{below}.{kind}")
         else:
             yield below, value
 

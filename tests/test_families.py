@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, MixtralConfig
 from lit_edit import EditRequest, edit
 from lit_edit.architectures import FAMILIES, Architecture, Family, UnsupportedModelError, find_family
 from lit_edit.keys import BareKey, compute_keys
-from lit_edit.suffix import cut, logits_at, supported
+from lit_edit.suffix import cut, supported
 from lit_edit.taps import change_outputs
 from lit_edit.workspace import Workspace
 
@@ -103,9 +103,9 @@ def test_cut_passes_equal_complete_ones_or_are_not_offered(kind: str) -> None:
     with torch.no_grad():
         with change_outputs({parts[2].projection: shift(batch.subject_last)}, len(rows)):
             whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        suffixes = cut(model, blocks, batch, batch.subject_last, 2)
+        suffixes = cut(model, blocks, batch, [2])[2]
         changes = {parts[2].projection: shift(torch.zeros_like(rows))}
-        part = logits_at(model, blocks, suffixes, rows, last - batch.subject_last, changes)
+        part = suffixes.logits(rows, last - batch.subject_last, changes)
     torch.testing.assert_close(part, whole[rows, last], rtol=1e-9, atol=1e-9)
 
 

@@ -9,9 +9,10 @@ import torch
 from editing_references import CONTEXTS, changed, make_workspace, matrix_of, reference_keys, requests, weights
 from torch import Tensor, nn
 
-from lit_edit.keys import KeyAverage, MeanKey
-from lit_edit.layers import ActivationSelection, Choice, FixedLayers, selection_score
+from lit_edit.keys import BareKey, KeyAverage, MeanKey
+from lit_edit.layers import ActivationSelection, Choice, FixedLayers, WilKE, selection_score
 from lit_edit.requests import EditRequest
+from lit_edit.solvers import MEMIT, ROME, AlphaEdit
 from lit_edit.values import NormClamp, NormMatched, ValueOptimizer, ValueProblem, Values
 from lit_edit.workspace import Workspace
 
@@ -28,6 +29,7 @@ class Told(ValueOptimizer):
     def __init__(self, distance: dict[int, float], loss: dict[int, float] | None = None) -> None:
         super().__init__()
         self.distance, self.told_loss, self.asked = distance, loss or {}, dict[str, Any]()
+        self.told: dict[tuple[str, int], Tensor] = {}
 
     def optimise(
         self,
@@ -47,6 +49,7 @@ class Told(ValueOptimizer):
             unit = torch.linalg.matrix_norm(matrix_of(workspace.model, layer), 2) * key.norm()
             direction = nn.functional.normalize(torch.ones_like(start), dim=0)
             targets.append({layer: start + float(self.distance[layer] * unit) * direction})
+            self.told[requests[problem.request].case_id, layer] = targets[-1][layer]
             loss.append(self.told_loss.get(layer, 0.0))
         n = len(problems)
         return Values(list(problems), targets, loss, [0.5] * n, [1] * n)
@@ -71,7 +74,7 @@ def test_fixed_layers_must_be_distinct_and_some(layers: list[int]) -> None:
         FixedLayers(layers)
 
 
-@pytest.mark.parametrize("kind", [FixedLayers, ActivationSelection])
+@pytest.mark.parametrize("kind", [FixedLayers, ActivationSelection, WilKE])
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_layers_the_model_does_not_have_are_refused(tiny, kind: Any, wrong: int) -> None:
     workspace = make_workspace(tiny)
@@ -250,3 +253,140 @@ def test_scores_follow_the_weights_through_edits_and_from_model_to_model(tiny, m
     assert part.weight._version == workspace.architecture[1].projection.weight._version
     third = score(other)
     assert len({first, second, third}) == 3
+
+
+@pytest.mark.parametrize("value_average", [None, BareKey()])
+def test_scores_are_taken_at_the_key_the_value_was_optimised_at(tiny, value_average: KeyAverage | None) -> None:
+    workspace = make_workspace(tiny)
+    values = ValueOptimizer(lr=0.2, stop_loss=0.0)
+    policy = ActivationSelection([0, 1], neighbours=0, steps=2, contexts=2, reach=None)
+    (choice,) = policy.choose(workspace, requests()[:1], values, MeanKey(), value_average)
+    keys = reference_keys(workspace, requests()[0], 0)
+    key = keys.mean(0) if value_average is None else keys[0]
+    alone = values.optimise(
+        workspace, requests()[:1], [ValueProblem(0, (0,))], value_average or MeanKey(), 2, CONTEXTS[:2]
+    )
+    expected = by_hand(matrix_of(workspace.model, 0), key, alone.targets[0][0])
+    assert choice.scores[0] == pytest.approx(expected, rel=1e-4)
+
+
+# WilKE
+
+
+def with_covariances(workspace: Workspace) -> Workspace:
+    for part in workspace.architecture.layers:
+        p = part.weight.shape[1]
+        workspace.covariances[part.index] = torch.diag((1 + part.index) / torch.arange(1, p + 1).double())
+    return workspace
+
+
+def rome_by_hand(weight: Tensor, key: Tensor, value_key: Tensor, target: Tensor, covariance: Tensor) -> Tensor:
+    u = torch.linalg.inv(covariance) @ key
+    return torch.outer(target - weight @ value_key, u) / torch.dot(u, value_key)
+
+
+@pytest.mark.parametrize("value_average", [None, BareKey()])
+def test_wilke_takes_the_layer_whose_weight_rome_changes_least(tiny, value_average: KeyAverage | None) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    values = ValueOptimizer(lr=0.2, lr_unit="relative", stop_loss=0.0, steps=4)
+    policy = WilKE([2, 0, 1])
+    before = weights(workspace.model)
+    choices = policy.choose(workspace, requests(), values, MeanKey(), value_average)
+    assert changed(before, workspace.model) == set()
+    for request, choice in zip(requests(), choices, strict=True):
+        expected = {}
+        for layer in (0, 1, 2):
+            keys, weight = reference_keys(workspace, request, layer), matrix_of(workspace.model, layer)
+            value_key = keys.mean(0) if value_average is None else keys[0]
+            alone = values.optimise(
+                workspace, [request], [ValueProblem(0, (layer,))], value_average or MeanKey()
+            ).targets[0][layer]
+            delta = rome_by_hand(weight, keys.mean(0), value_key, alone.double(), workspace.covariances[layer])
+            expected[layer] = float(delta.norm() / weight.norm())
+        assert choice.scores == pytest.approx(expected, rel=1e-3)
+        assert choice.center == min(expected, key=lambda layer: expected[layer])
+        assert choice.layers == (choice.center,)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_wilke_works_with_any_solver_and_compares_by_it(tiny, best: int) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    distance = {layer: 0.5 if layer == best else 5.0 for layer in range(3)}
+    policy = WilKE([0, 1, 2], MEMIT(preservation=2.0))
+    # MEMIT has one key: those of the values do not reach it.
+    values = Told(distance)
+    choices = policy.choose(workspace, requests()[:2], values, MeanKey(), BareKey())
+    for request, choice in zip(requests(), choices, strict=False):
+        for layer in range(3):
+            key, weight = reference_keys(workspace, request, layer).mean(0), matrix_of(workspace.model, layer)
+            target = values.told[request.case_id, layer].double()
+            gram = 2 * workspace.covariances[layer] + torch.outer(key, key)
+            delta = torch.outer(target - weight @ key, torch.linalg.inv(gram) @ key)
+            assert choice.scores[layer] == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-4)
+        assert choice.center == best
+
+
+def test_wilke_needs_a_covariance_as_its_solver_does(tiny) -> None:
+    assert WilKE([0]).needs_covariance
+    assert WilKE([0], AlphaEdit()).needs_covariance
+    assert not WilKE([0], ROME(covariance=False)).needs_covariance
+    workspace = make_workspace(tiny)
+    choose(WilKE([0, 1], ROME(covariance=False)), workspace, Told({0: 1.0, 1: 2.0}))
+    with pytest.raises(ValueError, match="ROME needs the key covariance of layer"):
+        choose(WilKE([0, 1]), workspace, Told({0: 1.0, 1: 2.0}))
+
+
+def test_wilke_to_the_letter_takes_the_last_layer_if_it_may_and_reach_keeps_it_off(tiny) -> None:
+    workspace = make_workspace(tiny)
+    values = ValueOptimizer(lr=0.1, stop_loss=0.0, weight_decay=0.0)
+    subjects = [r for r in requests() if not r.prompt.endswith(r.subject)]
+    solver = ROME(covariance=False)
+    to_the_letter, reaching = (
+        WilKE([0, 1, 2, 3], solver, steps=8, reach=reach).choose(workspace, subjects, values, MeanKey())
+        for reach in (None, 0.01)
+    )
+    for choice, other in zip(to_the_letter, reaching, strict=True):
+        assert choice.scores == other.scores
+        assert choice.scores[3] < 1e-5
+        assert choice.center == 3
+        assert other.center != 3
+
+
+@pytest.mark.parametrize(("reach", "center"), [(None, 0), (4.0, 0), (3.9, 1), (0.9, 2), (0.0, 3)])
+def test_wilke_passes_over_candidates_too_far_from_the_answer(tiny, reach: float | None, center: int) -> None:
+    workspace = make_workspace(tiny)
+    # Far apart, so that the order of the relative changes is the order of the distances.
+    policy = WilKE([0, 1, 2, 3], ROME(covariance=False), reach=reach)
+    for choice in choose(policy, workspace, Told({0: 0.01, 1: 0.5, 2: 20.0, 3: 900.0}, LOSS)):
+        assert sorted(choice.scores, key=choice.scores.__getitem__) == [0, 1, 2, 3]
+        assert choice.center == center
+
+
+@pytest.mark.parametrize("steps", [None, 7])
+def test_wilke_optimises_all_candidates_and_requests_in_one_batch(tiny, steps: int | None) -> None:
+    workspace, values = make_workspace(tiny), Told(DISTANCE)
+    choose(WilKE([2, 0, 2], ROME(covariance=False), steps=steps), workspace, values)
+    assert values.asked == {
+        "steps": steps,
+        "contexts": None,
+        "problems": [ValueProblem(i, (layer,)) for i in (0, 1) for layer in (0, 2)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": []}, "at least one candidate layer"),
+        ({"layers": [1], "steps": 0}, "steps >= 1, or null .* not 0"),
+        ({"layers": [1], "reach": -1.0}, r"cannot be negative \(-1\.0\)"),
+    ],
+)
+def test_bad_settings_of_wilke_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WilKE(**settings)
+
+
+def test_wilke_refuses_values_of_blocks() -> None:
+    with pytest.raises(ValueError, match="WilKE needs values of `site: mlp`"):
+        WilKE([1]).check(ValueOptimizer("block"))
+    WilKE([1]).check(ValueOptimizer("mlp"))

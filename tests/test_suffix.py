@@ -12,7 +12,7 @@ import torch
 from editing_references import make_workspace, requests
 from torch import Tensor, nn
 
-from lit_edit.suffix import Suffixes, cut, logits_at, supported
+from lit_edit.suffix import CompletePasses, Suffixes, cut, supported
 from lit_edit.taps import change_outputs
 from lit_edit.workspace import Workspace
 
@@ -43,7 +43,7 @@ def both(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits at every place from the changed token on, and their gradients: complete passes, then cut ones."""
     batch, model, blocks = rows_of(workspace), workspace.model, blocks_of(workspace)
-    suffixes: Suffixes = cut(model, blocks, batch, batch.subject_last, first)
+    suffixes: Suffixes = cut(model, blocks, batch, [first])[first]
     kept = list(range(len(batch.input_ids))) if chosen is None else chosen
     if chosen is not None:
         suffixes = suffixes.select(chosen)
@@ -57,7 +57,7 @@ def both(
     with change_outputs(shifts(modules, start, delta)):
         whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     whole = whole[rows, start[rows] + columns]
-    part = logits_at(model, blocks, suffixes, rows, columns, shifts(modules, torch.zeros_like(start), delta))
+    part = suffixes.logits(rows, columns, shifts(modules, torch.zeros_like(start), delta))
     weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     gradients = [torch.autograd.grad((x.double() * weights).sum(), delta)[0] for x in (whole, part)]
     return whole, part, gradients[0], gradients[1]
@@ -100,14 +100,14 @@ def test_the_model_is_left_as_it_was_whatever_happens(tiny) -> None:
     workspace = make_workspace(tiny)
     model, blocks, batch = workspace.model, blocks_of(workspace), rows_of(workspace)
     before = copy.deepcopy(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    suffixes = cut(model, blocks, batch, batch.subject_last, 2)
+    suffixes = cut(model, blocks, batch, [2])[2]
     at = torch.zeros(1, dtype=torch.long)
 
     def broken(_: Tensor) -> Tensor:
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        logits_at(model, blocks, suffixes, at, at, {blocks[3]: broken})
+        suffixes.logits(at, at, {blocks[3]: broken})
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     after = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -117,10 +117,10 @@ def test_the_model_is_left_as_it_was_whatever_happens(tiny) -> None:
 def test_repeated_passes_do_not_add_to_what_was_kept(tiny) -> None:
     workspace = make_workspace(tiny)
     model, blocks, batch = workspace.model, blocks_of(workspace), rows_of(workspace)
-    suffixes = cut(model, blocks, batch, batch.subject_last, 1)
+    suffixes = cut(model, blocks, batch, [1])[1]
     rows, columns = torch.arange(len(suffixes)), torch.zeros(len(suffixes), dtype=torch.long)
-    first = logits_at(model, blocks, suffixes, rows, columns, {})
-    torch.testing.assert_close(logits_at(model, blocks, suffixes, rows, columns, {}), first, rtol=0, atol=0)
+    first = suffixes.logits(rows, columns, {})
+    torch.testing.assert_close(suffixes.logits(rows, columns, {}), first, rtol=0, atol=0)
 
 
 def test_blocks_that_return_tuples_are_answered_with_tuples(tiny) -> None:
@@ -162,10 +162,10 @@ def test_blocks_that_return_tuples_are_answered_with_tuples(tiny) -> None:
     body.forward = forward
     blocks = list(getattr(body, name))
     batch = rows_of(workspace)
-    suffixes = cut(workspace.model, blocks, batch, batch.subject_last, 3)
+    suffixes = cut(workspace.model, blocks, batch, [3])[3]
     assert suffixes.tuples
     rows, columns = torch.arange(len(suffixes)), torch.zeros(len(suffixes), dtype=torch.long)
-    part = logits_at(workspace.model, blocks, suffixes, rows, columns, {})
+    part = suffixes.logits(rows, columns, {})
     plain = workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     torch.testing.assert_close(part, plain[rows, batch.subject_last], rtol=1e-10, atol=1e-10)
 
@@ -186,3 +186,34 @@ def test_what_cannot_be_cut_is_said_so(tiny, changes: dict[str, Any]) -> None:
     settings = {"_attn_implementation": "sdpa", "layer_types": None, "sliding_window": None, "alibi": False} | changes
     other = SimpleNamespace(config=SimpleNamespace(**settings), get_output_embeddings=model.get_output_embeddings)
     assert not supported(other, blocks)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chosen", [None, [5, 1, 1]])
+def test_complete_passes_read_the_same_places(tiny, chosen: list[int] | None) -> None:
+    workspace = make_workspace(tiny)
+    batch, blocks = rows_of(workspace), blocks_of(workspace)
+    complete, suffixes = CompletePasses(workspace.model, batch), cut(workspace.model, blocks, batch, [2])[2]
+    assert complete.changed.tolist() == batch.subject_last.tolist()
+    assert suffixes.changed.tolist() == [0] * len(suffixes)
+    found = []
+    for passes in (complete, suffixes):
+        passes = passes if chosen is None else passes.select(chosen)
+        rows = torch.arange(len(passes.changed))
+        delta = torch.ones(1, len(rows), 32, dtype=torch.float64)
+        changes = shifts([workspace.architecture[2].projection], passes.changed, delta)
+        found.append(passes.logits(rows, torch.zeros_like(rows), changes))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+def test_one_complete_pass_serves_several_first_blocks(tiny) -> None:
+    workspace = make_workspace(tiny)
+    batch, blocks, model = rows_of(workspace), blocks_of(workspace), workspace.model
+    ran: list[int] = []
+    handle = blocks[0].register_forward_hook(lambda *_: ran.append(0))
+    together = cut(model, blocks, batch, [0, 1, 3])
+    handle.remove()
+    assert ran == [0]
+    rows, columns = torch.arange(len(batch.input_ids)), torch.zeros(len(batch.input_ids), dtype=torch.long)
+    for first, suffixes in together.items():
+        alone = cut(model, blocks, batch, [first])[first]
+        torch.testing.assert_close(suffixes.logits(rows, columns, {}), alone.logits(rows, columns, {}), rtol=0, atol=0)

@@ -7,7 +7,7 @@ import torch
 from editing_references import hooks_left, make_workspace, matrix_of, projection_of
 from torch import Tensor, nn
 
-from lit_edit.taps import change_outputs, read_inputs
+from lit_edit.taps import change_outputs, read_inputs, read_outputs
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -124,3 +124,36 @@ def test_gradients_flow_through_a_change(tiny) -> None:
     model(input_ids=IDS).logits.square().sum().backward()
     torch.testing.assert_close(shift.grad, module.bias.grad, rtol=1e-6, atol=1e-6)
     assert module.bias.grad.norm() > 0
+
+
+def test_a_pass_ends_with_the_last_module_that_is_read(tiny) -> None:
+    workspace = make_workspace(tiny)
+    model, parts = workspace.model, workspace.architecture.layers
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    ran: list[int] = []
+    handles = [part.block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, part in enumerate(parts)]
+    with torch.no_grad():
+        with read_inputs({0: parts[0].projection, 1: parts[1].projection}, 2, stop=True) as inputs:
+            model(input_ids=ids)
+        assert ran == [0]
+        with read_outputs({1: parts[1].block, 2: parts[2].block}, 2) as outputs:
+            model(input_ids=ids)
+        assert ran[1:] in ([0, 1], [0, 1, 2])  # what is counted behind the hook that ends the pass is not
+        with read_inputs({0: parts[0].projection, 1: parts[1].projection}) as whole:
+            model(input_ids=ids)
+        for key, found in whole.items():
+            torch.testing.assert_close(inputs[key], found, rtol=0, atol=0)
+        seen = []
+        last = parts[2].block.register_forward_hook(lambda _, __, o: seen.append(o[0] if isinstance(o, tuple) else o))
+        model(input_ids=ids)
+    torch.testing.assert_close(outputs[2], seen[0], rtol=0, atol=0)
+    for handle in [*handles, last]:
+        handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_other_errors_in_a_pass_are_not_swallowed(tiny) -> None:
+    parts = make_workspace(tiny).architecture.layers
+    for tap in (read_inputs({0: parts[3].projection}, stop=True), read_outputs({0: parts[3].block})):
+        with pytest.raises(KeyError, match="mine"), tap:
+            raise KeyError("mine")

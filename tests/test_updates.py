@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from lit_edit.updates import Additive, LowRank, Rotation, Update
+from lit_edit.updates import Additive, KeyRotation, LowRank, Rotation, Update
 
 D, P, N = 12, 30, 4
 
@@ -19,6 +19,7 @@ def updates() -> list[Update]:
         LowRank(normal(D, N), normal(N, P, seed=1)),
         Additive(normal(D, P, seed=2)),
         Rotation(torch.linalg.qr(normal(D, D, seed=3)).Q),
+        KeyRotation(torch.linalg.qr(normal(P, P, seed=4)).Q),
     ]
 
 
@@ -26,10 +27,26 @@ each_update = pytest.mark.parametrize("update", updates(), ids=lambda u: type(u)
 
 
 def test_what_each_update_does() -> None:
-    weight, (low_rank, additive, rotation) = normal(D, P, seed=9), updates()
+    weight, (low_rank, additive, rotation, key_rotation) = normal(D, P, seed=9), updates()
     torch.testing.assert_close(low_rank.delta(weight), low_rank.left @ low_rank.right)
     torch.testing.assert_close(additive.delta(weight), additive.change)
     torch.testing.assert_close(weight + rotation.delta(weight), rotation.q @ weight)
+    torch.testing.assert_close(weight + key_rotation.delta(weight), weight @ key_rotation.key_q)
+
+
+def test_rotations_on_either_side_keep_the_spectrum() -> None:
+    before = normal(D, P, seed=9)
+    for update in updates()[2:]:
+        weight = before.clone()
+        update.apply_(weight)
+        assert float((weight - before).norm()) > 1
+        torch.testing.assert_close(torch.linalg.svdvals(weight), torch.linalg.svdvals(before), rtol=1e-12, atol=0)
+
+
+def test_a_rotation_of_keys_is_one_of_outputs_of_the_transposed_weight() -> None:
+    weight, q = normal(D, P, seed=9), torch.linalg.qr(normal(P, P, seed=4)).Q
+    torch.testing.assert_close(KeyRotation(q).delta(weight), Rotation(q.T).delta(weight.T).T)
+    assert KeyRotation(q).norm == Rotation(q).norm
 
 
 @each_update
@@ -89,11 +106,12 @@ def test_from_state_dict_names_what_it_does_not_know() -> None:
 
 
 def test_norms() -> None:
-    low_rank, additive, rotation = updates()
+    low_rank, additive, rotation, key_rotation = updates()
     weight = torch.zeros(D, P)
     assert low_rank.norm == pytest.approx(float(low_rank.delta(weight).norm()), rel=1e-12)
     assert additive.norm == pytest.approx(float(additive.change.norm()), rel=1e-12)
     assert rotation.norm == pytest.approx(float((rotation.q - torch.eye(D)).norm()), rel=1e-12)
+    assert key_rotation.norm == pytest.approx(float((key_rotation.key_q - torch.eye(P)).norm()), rel=1e-12)
     assert Rotation(-torch.eye(D)).norm == pytest.approx(2 * math.sqrt(D))
 
 
@@ -118,6 +136,8 @@ def test_more_columns_than_keys() -> None:
         (lambda: Additive(torch.full((2, 2), math.inf)), r"change of shape \(2, 2\) holds values that are not finite"),
         (lambda: Rotation(torch.ones(2, 3)), r"square, got shape \(2, 3\)"),
         (lambda: Rotation(1.001 * torch.eye(2)), r"2x2 matrix of a rotation is not orthogonal.* by 2.0e-03"),
+        (lambda: KeyRotation(torch.ones(2, 3)), r"A key rotation must be square, got shape \(2, 3\)"),
+        (lambda: KeyRotation(1.001 * torch.eye(2)), r"2x2 matrix of a key rotation is not orthogonal.* by 2.0e-03"),
     ],
 )
 def test_bad_updates_are_refused(make, message: str) -> None:
@@ -128,7 +148,7 @@ def test_bad_updates_are_refused(make, message: str) -> None:
 @each_update
 @pytest.mark.parametrize("method", ["delta", "apply_", "undo_"])
 def test_a_weight_of_another_shape_is_refused(update: Update, method: str) -> None:
-    with pytest.raises(ValueError, match=r"(12, 30|size 12).* does not fit a weight of shape \(30, 12\)"):
+    with pytest.raises(ValueError, match=r"(12, 30|size 12|size 30).* does not fit a weight of shape \(30, 12\)"):
         getattr(update, method)(torch.zeros(P, D))
 
 

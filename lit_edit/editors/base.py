@@ -22,6 +22,13 @@ class Applied:
     update: Update
     relative_change: float  # ‖W_new − W‖_F / ‖W‖_F
 
+    @classmethod
+    def write(cls, layer: int, update: Update, weight: Tensor) -> Applied:
+        """Applies an update to a layer's weight (d, p) in place."""
+        relative = float(update.delta(weight).norm() / weight.double().norm())
+        update.apply_(weight)
+        return cls(layer, update, relative)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -56,6 +56,8 @@ class LocateThenEdit(Editor):
         self.restraints = list(restraints or [])
         for restraint in self.restraints:
             restraint.check(solver)
+        for penalty in values.penalties:
+            penalty.check(solver)
         if value_keys is not None and not solver.mixes_keys:
             raise ValueError(
                 f"{type(solver).__name__} has one key per request and cannot take `value_keys` of their own: leave "
@@ -80,13 +82,13 @@ class LocateThenEdit(Editor):
 
     @property
     def needs_gradients(self) -> bool:
-        """As the restraints say."""
-        return any(r.needs_gradient for r in self.restraints)
+        """As the restraints and the values' penalties say."""
+        return any(r.needs_gradient for r in self.restraints) or any(p.needs_gradient for p in self.values.penalties)
 
     @property
     def needs_originals(self) -> bool:
-        """As the restraints say."""
-        return any(r.needs_original for r in self.restraints)
+        """As the restraints and the values' penalties say."""
+        return any(r.needs_original for r in self.restraints) or any(p.needs_original for p in self.values.penalties)
 
     def check(self, workspace: Workspace, batch_size: int) -> None:
         """Refuses a batch size or a covariance that the solver cannot take."""
@@ -104,11 +106,15 @@ class LocateThenEdit(Editor):
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
         """Chooses layers and optimises v*, all requests of the batch together."""
         with workspace.stopwatch.measure("layers"):
-            choices = self.layers.choose(workspace, requests, self.values, self.keys)
+            choices = self.layers.choose(workspace, requests, self.values, self.keys, self.value_keys)
         at_block = self.values.site == "block"
         problems = [ValueProblem(i, c.layers[-1:] if at_block else c.layers) for i, c in enumerate(choices)]
         with workspace.stopwatch.measure("values"):
-            values = self.values.optimise(workspace, requests, problems, self.value_keys or self.keys)
+            grounds = None
+            if self.values.penalties:
+                layers = sorted({layer for problem in problems for layer in problem.layers})
+                grounds = {layer: self._ground(workspace, layer, len(requests)) for layer in layers}
+            values = self.values.optimise(workspace, requests, problems, self.value_keys or self.keys, grounds=grounds)
         return Plan(list(requests), [c.layers for c in choices], values.loss, values.probability, values.steps, values)
 
     @torch.no_grad()
@@ -200,18 +206,19 @@ class LocateThenEdit(Editor):
 
     def _share(self, workspace: Workspace, plan: Plan, values: Values, layer: int, mine: list[int]) -> Tensor:
         """What this layer adds of the residual at each request's last block: (d, n)."""
+        last = [plan.layers[i][-1] for i in mine]
+        now = block_outputs(workspace, [plan.requests[i] for i in mine], sorted(set(last)))
         columns = []
-        for i in mine:
-            last = plan.layers[i][-1]
-            now = block_outputs(workspace, [plan.requests[i]], [last])[last][:, 0]
+        for column, i in enumerate(mine):
             left = sum(1 for other in plan.layers[i] if other >= layer)
-            columns.append((values.targets[i][last] - now) / left)
+            columns.append((values.targets[i][last[column]] - now[last[column]][:, column]) / left)
         return torch.stack(columns, dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The remembered keys, and how many requests were applied, and had been at the end of a run."""
+        """The remembered keys, how many requests were applied, and had been at the end of a run, the solver's own."""
         counts = {"edits": torch.tensor(self.edits), "finished_at": torch.tensor(self._finished_at)}
-        return counts | {f"memory.{layer}": keys for layer, keys in self.memory.items()}
+        memory = {f"memory.{layer}": keys for layer, keys in self.memory.items()}
+        return counts | memory | {f"solver.{name}": tensor for name, tensor in self.solver.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` gave."""
@@ -219,3 +226,5 @@ class LocateThenEdit(Editor):
         self.memory = {
             int(name.removeprefix("memory.")): keys for name, keys in state.items() if name.startswith("memory.")
         }
+        own = {name.removeprefix("solver."): t for name, t in state.items() if name.startswith("solver.")}
+        self.solver.load_state_dict(own)

@@ -139,6 +139,13 @@ class Solver(ABC):
             device: where its weight lies.
         """
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What later solutions depend on, to the last bit, besides their problems."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - there may be no state
+        """Restores `state_dict`'s result."""
+
     def remembered(self, problem: Problem) -> Tensor:
         """Keys of past edits to preserve, ``(p, m)``; ``m`` is 0 when there are none or the memory is off."""
         if self.use_memory and problem.memory is not None:

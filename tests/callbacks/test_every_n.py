@@ -49,6 +49,11 @@ def exactly(*counts: int) -> list[tuple[int, float]]:
         (12, 6, 2, (0, 6, 12)),
         (3, 1, 25, (0, 3)),
         (3, 1, 1, (0, 1, 2, 3)),
+        (6, 1, [1, 4], (0, 1, 4, 6)),
+        (6, 1, [6], (0, 6)),
+        (6, 1, [100], (0, 6)),
+        (100, 10, [25, 100], (0, 30, 100)),
+        (12, 6, [1, 2, 7], (0, 6, 12)),  # two counts crossed by one batch are measured once
     ],
 )
 def test_every_measurement_sees_exactly_the_edits_it_is_filed_under(
@@ -119,6 +124,23 @@ def test_counts_go_on_over_epochs(editor, make_trainer, edit_loader):
     callback = Weight(every_n=4)
     make_trainer(callback, max_epochs=3).fit(editor, edit_loader(3, 1))
     assert callback.seen == exactly(0, 4, 8, 9)
+
+
+def test_a_list_of_counts_without_start_and_end(editor, make_trainer, edit_loader):
+    callback = Weight(every_n=[2, 5], at_start=False, at_end=False)
+    make_trainer(callback).fit(editor, edit_loader(6, 1))
+    assert callback.seen == exactly(2, 5)
+
+
+@pytest.mark.parametrize("saved_at", [1, 2, 3])
+def test_resuming_goes_on_in_the_list(editor, make_trainer, edit_loader, tmp_path, saved_at):
+    first = Weight(every_n=[2, 4], at_end=False)
+    trainer = make_trainer(first, max_epochs=saved_at)
+    trainer.fit(editor, edit_loader(1, 1))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    second, fresh = Weight(every_n=[2, 4]), type(editor)()
+    make_trainer(second, max_epochs=6).fit(fresh, edit_loader(1, 1), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    assert first.seen + second.seen == exactly(0, 2, 4, 6)
 
 
 @pytest.mark.parametrize("saved_at", [2, 3, 4])
@@ -234,7 +256,9 @@ def test_figures_can_be_monitored(editor, make_trainer, edit_loader, tmp_path):
     assert callback.seen == exactly(0, 1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("every_n", [0, -1, 2.5, True, "5", None])
+@pytest.mark.parametrize(
+    "every_n", [0, -1, 2.5, True, "5", None, [], [0, 5], [5, 2], [2, 2], [2, 2.5], [True, 2], ["2"], (2, 5)]
+)
 def test_every_n_is_checked(every_n):
     with pytest.raises(ValueError, match="every_n should be a positive whole number"):
         Weight(every_n=every_n)

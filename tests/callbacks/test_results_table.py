@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from lit_edit.callbacks import EveryNEdits, MatrixStability, ResultsTable
 
+from lit_edit.journal import Edit, Journal
+from lit_edit.requests import EditRequest
 from lit_edit.results import ResultsLogger, read_results
 
 # What Lightning says about runs as small as these, and what its own tree utilities call that torch has deprecated.
@@ -36,6 +40,19 @@ def test_seconds_are_written_and_add_up(editor, make_trainer, edit_loader, tmp_p
     make_trainer(ResultsTable(), Reliability(), logger=ResultsLogger(tmp_path)).fit(editor, edit_loader(2, 1))
     assert read_results(tmp_path).run["seconds"] > first
     assert [record["edits"] for record in read_results(tmp_path).records] == [0, 2, 4]
+
+
+def test_a_journal_leaves_the_mean_seconds_by_stage(editor, make_trainer, edit_loader, tmp_path):
+    """Stages that an edit did not go through count as zero, so that the means add up."""
+    stages = [{"values": 3.0, "solve": 1.0}, {"values": 1.0, "write": 0.5}]
+    editor.journal = Journal()
+    for number, mine in enumerate(stages, start=1):
+        request = EditRequest(str(number), "The capital of Peru is", "Peru", "Oslo")
+        edit = Edit(number, str(number), request.prompt, "Peru", "Oslo", [1], 0.0, 1.0, 1.0, 1, {"1": 0.1}, 0.0, mine)
+        editor.journal.add(request, replace(edit, seconds=sum(mine.values())))
+    make_trainer(ResultsTable(), Reliability(), logger=ResultsLogger(tmp_path)).fit(editor, edit_loader(2, 1))
+    found = read_results(tmp_path).run["seconds_per_edit"]
+    assert found == {"values": 2.0, "solve": 0.5, "write": 0.25, "total": 2.75}
 
 
 def test_without_a_results_logger_it_only_warns(editor, make_trainer, edit_loader, capsys):

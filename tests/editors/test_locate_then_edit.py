@@ -27,13 +27,14 @@ from torch import Tensor
 
 from lit_edit.architectures import Architecture
 from lit_edit.editors import LocateThenEdit, Plan
-from lit_edit.keys import KeyAverage, MeanKey, TypeMeanKey
-from lit_edit.layers import ActivationSelection, Choice, FixedLayers, LayerPolicy
+from lit_edit.keys import BareKey, KeyAverage, MeanKey, TypeMeanKey
+from lit_edit.layers import ActivationSelection, Choice, FixedLayers, LayerPolicy, WilKE
 from lit_edit.requests import EditRequest
+from lit_edit.restraints import PRUNE, RECT, Ground, Restraint
 from lit_edit.session import EditSession
-from lit_edit.solvers import MEMIT, MOSE, ROME, AlphaEdit, Problem, Solver
+from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem, Solver
 from lit_edit.taps import read_inputs
-from lit_edit.updates import Update
+from lit_edit.updates import Additive, Update
 from lit_edit.values import NormClamp, NormMatched, ValueOptimizer
 from lit_edit.workspace import Workspace
 
@@ -48,7 +49,12 @@ class Assigned(LayerPolicy):
         return sorted({layer for layers in self.layers.values() for layer in layers})
 
     def choose(
-        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        values: ValueOptimizer,
+        average: KeyAverage,
+        value_average: KeyAverage | None = None,
     ) -> list[Choice]:
         return [Choice(self.layers[r.case_id], self.layers[r.case_id][-1], {}) for r in requests]
 
@@ -58,7 +64,7 @@ class Recording(Solver):
 
     def __init__(self, inner: Solver) -> None:
         super().__init__(inner.use_memory)
-        self.inner, self.problems = inner, list[Problem]()
+        self.inner, self.problems, self.mixes_keys = inner, list[Problem](), inner.mixes_keys
 
     def solve(self, problem: Problem) -> Update:
         # The problem holds the weight itself where its dtype allows: keep what it was.
@@ -73,6 +79,8 @@ def with_covariances(workspace: Workspace) -> Workspace:
         p = part.weight.shape[1]
         basis = torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float64)).Q
         workspace.covariances[part.index] = (basis / torch.arange(1, p + 1)) @ basis.T
+    # What a session keeps for restraints on the sum of updates.
+    workspace.originals = {part.index: part.weight.clone() for part in workspace.architecture.layers}
     return workspace
 
 
@@ -104,8 +112,35 @@ EDITORS: dict[str, tuple[int, Callable[[], LocateThenEdit]]] = {  # the largest 
             ActivationSelection(steps=2, reach=0.1), values_at(constraint=NormMatched()), MOSE(preservation=1.0)
         ),
     ),
+    "mose-key": (
+        4,
+        lambda: LocateThenEdit(
+            ActivationSelection(steps=2, reach=0.1), values_at(constraint=NormMatched()), MOSEKey(preservation=1.0)
+        ),
+    ),
+    "emmet": (
+        4,
+        lambda: LocateThenEdit(
+            FixedLayers([0, 2]), values_at("block"), EMMET(preservation=2.0, memory=True), TypeMeanKey()
+        ),
+    ),
+    "rome with two keys": (
+        1,
+        lambda: LocateThenEdit(FixedLayers([1]), values_at(), ROME(memory=True), value_keys=BareKey()),
+    ),
+    "wilke": (
+        4,
+        lambda: LocateThenEdit(WilKE([0, 1, 2], MEMIT(5.0), steps=2), values_at(), MEMIT(5.0, memory=True)),
+    ),
+    "rect on memit": (
+        4,
+        lambda: LocateThenEdit(
+            FixedLayers([0, 2]), values_at("block"), MEMIT(5.0, memory=True), TypeMeanKey(), restraints=[RECT(0.4)]
+        ),
+    ),
 }
 each_editor = pytest.mark.parametrize("name", EDITORS)
+two_families = pytest.mark.parametrize("family", ["gpt2", "llama"])  # stored transposed, and as it is
 
 
 def edit(editor: LocateThenEdit, workspace: Workspace, batch: Sequence[EditRequest]) -> Plan:
@@ -169,13 +204,14 @@ def test_keys_are_remembered_by_layer_and_edit_as_the_edited_model_has_them(tiny
                     keys = editor.keys.average(reference_keys(workspace, request, layer))
                     expected.setdefault(layer, []).append(keys)
     state = editor.state_dict()
-    assert set(state) == {f"memory.{layer}" for layer in expected}
+    assert set(state) == {f"memory.{layer}" for layer in expected} | {"edits", "finished_at"}
+    assert int(state["edits"]) == 2 * size
     for layer, columns in expected.items():
         found = state[f"memory.{layer}"].double()
         torch.testing.assert_close(found, torch.stack(columns, dim=1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["memit", "alphaedit", "mose"])
+@pytest.mark.parametrize("name", ["memit", "alphaedit", "mose", "mose-key", "emmet", "rect on memit"])
 def test_an_editor_restored_from_its_state_edits_on_as_the_first_one(tiny, name: str) -> None:
     workspace = with_covariances(make_workspace(tiny))
     size, make = EDITORS[name]
@@ -189,7 +225,7 @@ def test_an_editor_restored_from_its_state_edits_on_as_the_first_one(tiny, name:
             other.model.load_state_dict(model.state_dict())
             other.covariances = workspace.covariances
         successor = editor if state is None else make()
-        if state is not None:
+        if state:
             successor.load_state_dict(state)
         edit(successor, other, requests()[1:size])
         ends.append((weights(other.model), successor.state_dict()))
@@ -318,6 +354,346 @@ def test_twenty_rotations_leave_every_spectrum_as_it_was(tiny) -> None:
     for layer, spectrum in enumerate(spectra):
         found = torch.linalg.svdvals(matrix_of(workspace.model, layer).double())
         torch.testing.assert_close(found, spectrum, rtol=0, atol=1e-6 * float(spectrum[0]))
+
+
+# ROME's two keys
+
+
+@two_families
+@pytest.mark.parametrize("layer", [0, 2])
+def test_two_keys_are_those_of_the_released_code(tiny, layer: int) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    editor = LocateThenEdit(FixedLayers([layer]), values_at(), ROME(), value_keys=BareKey())
+    for request in requests():
+        before = matrix_of(workspace.model, layer)
+        keys = reference_keys(workspace, request, layer)
+        mean, bare = keys.mean(0), keys[0]
+        plan = edit(editor, workspace, [request])
+        wanted = plan.data.targets[0][layer].double()
+        # The optimisation started from the bare prompt's output.
+        alone = editor.values.optimise(workspace, [request], plan.data.problems, BareKey())
+        assert alone.targets[0][layer].shape == wanted.shape
+        u = torch.linalg.inv(workspace.covariances[layer]) @ mean
+        expected = before + torch.outer(wanted - before @ bare, u) / torch.dot(u, bare)
+        after = matrix_of(workspace.model, layer)
+        assert float((after - expected).norm() / (expected - before).norm()) < 1e-4
+        torch.testing.assert_close(after @ bare, wanted, rtol=1e-5, atol=1e-5)
+
+
+@two_families
+@torch.no_grad()
+def test_values_start_from_the_key_they_are_taken_at(tiny) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    nothing = values_at(lr=1e-12, steps=1)
+    for value_keys, pick in ((BareKey(), 0), (None, slice(None))):
+        editor = LocateThenEdit(FixedLayers([1]), nothing, ROME(), value_keys=value_keys)
+        with torch.enable_grad():
+            plan = editor.plan(workspace, requests()[:1])
+        keys = reference_keys(workspace, requests()[0], 1)[pick].reshape(-1, keys_width(workspace)).mean(0)
+        start = matrix_of(workspace.model, 1) @ keys
+        torch.testing.assert_close(plan.data.targets[0][1].double(), start, rtol=1e-4, atol=1e-5)
+
+
+def keys_width(workspace: Workspace) -> int:
+    return int(workspace.architecture[1].weight.shape[1])
+
+
+@two_families
+def test_without_contexts_two_keys_are_one(tiny) -> None:
+    ends = []
+    for value_keys in (None, BareKey()):
+        workspace = with_covariances(make_workspace((copy.deepcopy(tiny[0]), tiny[1]), CONTEXTS[:1]))
+        edit(LocateThenEdit(FixedLayers([1]), values_at(), ROME(), value_keys=value_keys), workspace, requests()[:1])
+        ends.append(matrix_of(workspace.model, 1))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-9)
+
+
+def test_value_keys_need_a_solver_that_can_tell_them_apart() -> None:
+    for solver in (MEMIT(), EMMET(), AlphaEdit(), MOSE(), MOSEKey()):
+        with pytest.raises(ValueError, match="has one key per request and cannot take `value_keys`"):
+            LocateThenEdit(FixedLayers([0]), values_at(), solver, value_keys=BareKey())
+
+
+# WilKE
+
+
+@two_families
+def test_the_score_of_the_layer_taken_is_the_change_that_is_made(tiny) -> None:
+    # No memory, and the editor's own number of steps: what was tried out is what is done.
+    workspace = with_covariances(make_workspace(tiny))
+    policy = WilKE([0, 1, 2])
+    for value_keys in (None, BareKey()):
+        editor = LocateThenEdit(policy, values_at(), ROME(), value_keys=value_keys)
+        for request in requests()[:2]:
+            with torch.enable_grad():
+                (choice,) = policy.choose(workspace, [request], editor.values, editor.keys, editor.value_keys)
+                plan = editor.plan(workspace, [request])
+            (item,) = editor.apply(workspace, plan)
+            assert item.layer == choice.center
+            assert item.relative_change == pytest.approx(choice.scores[item.layer], rel=1e-4)
+
+
+def test_wilke_asks_for_what_its_own_solver_needs() -> None:
+    plain = ROME(covariance=False)
+    assert LocateThenEdit(WilKE([0, 1]), values_at(), plain).needs_covariances
+    assert not LocateThenEdit(WilKE([0, 1], plain), values_at(), plain).needs_covariances
+    with pytest.raises(ValueError, match="WilKE needs values of `site: mlp`"):
+        LocateThenEdit(WilKE([0, 1]), values_at("block"), MEMIT())
+
+
+# The ablations of MOSE
+
+
+@two_families
+@pytest.mark.parametrize("kind", [MOSE, MOSEKey])
+def test_the_layers_of_the_papers_three_settings(tiny, kind: Callable[[], Solver]) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    values = values_at(constraint=NormMatched(), lr_unit="relative")
+
+    def planned(policy: LayerPolicy) -> tuple[int, ...]:
+        model = weights(workspace.model)
+        plan = edit(LocateThenEdit(policy, values, kind()), workspace, requests()[:1])
+        moved = changed(model, workspace.model)
+        assert moved == {workspace.architecture[layer].name for layer in plan.layers[0]}
+        workspace.model.load_state_dict(model)
+        return plan.layers[0]
+
+    assert planned(FixedLayers([2])) == (2,)
+    (selected,) = planned(ActivationSelection(neighbours=0, steps=3))
+    assert planned(ActivationSelection(neighbours=1, steps=3)) == tuple(
+        layer for layer in (selected - 1, selected, selected + 1) if 0 <= layer < 4
+    )
+
+
+# Restraints
+
+
+def pruning(**settings: Any) -> LocateThenEdit:
+    """ROME with steps so long that its updates outgrow the weight."""
+    values = values_at(lr=3.0, lr_unit="relative", steps=5, weight_decay=0.0)
+    return LocateThenEdit(FixedLayers([0, 2]), values, ROME(), contexts=2, restraints=[PRUNE(20.0, **settings)])
+
+
+def prune_by_hand(original: Tensor, weight: Tensor) -> Tensor:
+    """W_0 + ΔW' from all singular values, with the logarithm as it is written."""
+    u, sigma, vt = torch.linalg.svd(weight - original, full_matrices=False)
+    largest = torch.linalg.svdvals(original)[0]
+    base = torch.tensor(20.0, dtype=torch.float64).log()
+    cut = torch.where(sigma > largest, sigma.log() / base - largest.log() / base + largest, sigma)
+    assert (cut <= sigma).all()
+    assert (cut < 0.9 * sigma).any()  # not for want of something to prune
+    return original + u @ torch.diag(cut) @ vt
+
+
+@two_families
+def test_every_update_is_restrained_before_it_is_written(tiny) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    solver, rect = Recording(MEMIT(preservation=5.0)), RECT(0.3)
+    editor = LocateThenEdit(FixedLayers([0, 2]), values_at("block"), solver, TypeMeanKey(), restraints=[rect])
+    edit(editor, workspace, requests())
+    for layer, problem in zip((0, 2), solver.problems, strict=True):
+        delta = solver.inner.solve(problem).delta(problem.weight)
+        change = matrix_of(workspace.model, layer) - problem.weight
+        kept = change != 0
+        assert int(kept.sum()) == round(0.3 * change.numel())
+        torch.testing.assert_close(change[kept], delta[kept], rtol=0, atol=1e-12)
+        relative = (delta / problem.weight).abs()
+        assert relative[kept].min() >= relative[~kept].max()
+
+
+@two_families
+def test_restraints_work_in_the_order_given(tiny) -> None:
+    class Double(Restraint):
+        def restrain(self, update: Update, ground: Ground) -> Update:
+            return Additive(2 * update.delta(ground.weight))
+
+    class Clip(Restraint):
+        def restrain(self, update: Update, ground: Ground) -> Update:
+            return Additive(update.delta(ground.weight).clamp(-1e-3, 1e-3))
+
+    largest = []
+    for restraints in ([Double(), Clip()], [Clip(), Double()]):
+        workspace = with_covariances(make_workspace((copy.deepcopy(tiny[0]), tiny[1])))
+        editor = LocateThenEdit(FixedLayers([1]), values_at(), ROME(), contexts=2, restraints=restraints)
+        edit(editor, workspace, requests()[:1])
+        largest.append(float((matrix_of(workspace.model, 1) - workspace.originals[1]).abs().max()))
+    assert largest == [pytest.approx(1e-3), pytest.approx(2e-3)]
+
+
+@two_families
+def test_what_a_restraint_is_told(tiny) -> None:
+    seen: list[tuple[str, Ground]] = []
+
+    class Listening(Restraint):
+        needs_original = True
+
+        def restrain(self, update: Update, ground: Ground) -> Update:
+            seen.append(("update", ground))
+            return update
+
+        def total(self, ground: Ground, last: bool) -> Update | None:
+            seen.append(("last" if last else "total", ground))
+            return None
+
+    workspace = with_covariances(make_workspace(tiny))
+    layers: dict[str, tuple[int, ...]] = {"0": (0,), "1": (0, 1), "2": (1,), "3": (1,)}
+    editor = LocateThenEdit(Assigned(layers), values_at(), MEMIT(5.0), contexts=2, restraints=[Listening()])
+    assert editor.needs_originals
+    assert not editor.needs_gradients
+    edit(editor, workspace, requests()[:2])
+    edit(editor, workspace, requests()[2:])
+    editor.finish(workspace)
+    names = [workspace.architecture[layer].name for layer in (0, 1)]
+    expected = [
+        # what, layer, edits there, edits, batch
+        ("update", 0, 0, 0, 2),
+        ("update", 1, 0, 0, 2),
+        ("total", 0, 0, 0, 2),
+        ("total", 1, 0, 0, 2),
+        ("update", 1, 1, 2, 2),
+        ("total", 0, 2, 2, 2),
+        ("total", 1, 1, 2, 2),
+        ("last", 0, 2, 4, 0),
+        ("last", 1, 3, 4, 0),
+    ]
+    assert [(what, names.index(g.layer), g.edits_here, g.edits, g.batch) for what, g in seen] == expected
+    for _, ground in seen:
+        assert ground.original is workspace.originals[names.index(ground.layer)]
+
+
+@two_families
+def test_pruned_once_at_the_end(tiny) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    plain = with_covariances(make_workspace((copy.deepcopy(tiny[0]), tiny[1])))
+    editor = pruning()
+    unrestrained = LocateThenEdit(editor.layers, editor.values, ROME(), contexts=2)
+    for request in requests()[:3]:
+        edit(editor, workspace, [request])
+        edit(unrestrained, plain, [request])
+    for layer in (0, 2):  # nothing before the end
+        torch.testing.assert_close(matrix_of(workspace.model, layer), matrix_of(plain.model, layer), rtol=0, atol=0)
+    applied = editor.finish(workspace)
+    assert [item.layer for item in applied] == [0, 2]
+    for item in applied:
+        original, after = workspace.originals[item.layer], matrix_of(workspace.model, item.layer)
+        expected = prune_by_hand(original, matrix_of(plain.model, item.layer))
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-9)
+        change = (after - matrix_of(plain.model, item.layer)).norm() / matrix_of(plain.model, item.layer).norm()
+        assert item.relative_change == pytest.approx(float(change), rel=1e-6)
+
+
+@two_families
+def test_the_end_comes_once_unless_more_edits_follow(tiny) -> None:
+    workspace, editor = with_covariances(make_workspace(tiny)), pruning()
+    assert editor.finish(workspace) == []
+    for request in requests()[:2]:
+        edit(editor, workspace, [request])
+    assert editor.finish(workspace)
+    after = weights(workspace.model)
+    assert editor.finish(workspace) == []
+    assert changed(after, workspace.model) == set()
+    # Resumed after the end, without new edits: what was pruned is not pruned again.
+    resumed = pruning()
+    resumed.load_state_dict(load(save(editor.state_dict())))
+    assert resumed.finish(workspace) == []
+    assert changed(after, workspace.model) == set()
+    # With new ones, it is: the sum as it is now.
+    edit(resumed, workspace, requests()[2:3])
+    extended = matrix_of(workspace.model, 0)
+    assert resumed.finish(workspace)
+    expected = prune_by_hand(workspace.originals[0], extended)
+    torch.testing.assert_close(matrix_of(workspace.model, 0), expected, rtol=0, atol=1e-9)
+
+
+@two_families
+def test_a_run_cut_before_the_end_is_pruned_when_it_gets_there(tiny) -> None:
+    workspace, editor = with_covariances(make_workspace(tiny)), pruning()
+    for request in requests()[:2]:
+        edit(editor, workspace, [request])
+    resumed = pruning()
+    resumed.load_state_dict(load(save(editor.state_dict())))
+    assert len(resumed.finish(workspace)) == 2
+
+
+@two_families
+@pytest.mark.parametrize("size", [1, 3])  # a batch of three crosses a multiple of two without reaching it
+def test_pruned_every_two_edits(tiny, size: int) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    values = values_at(lr=3.0, lr_unit="relative", weight_decay=0.0)
+    solver = Recording(MEMIT(preservation=0.1))
+    editor = LocateThenEdit(FixedLayers([1]), values, solver, contexts=2, restraints=[PRUNE(20.0, every_n=2)])
+    batch = [*requests(), *requests()][:6]
+    before = matrix_of(workspace.model, 1)
+    for first in range(0, 6, size):
+        edit(editor, workspace, batch[first : first + size])
+        problem = solver.problems[-1]
+        expected = before + solver.inner.solve(replace(problem, weight=before)).delta(before)
+        torch.testing.assert_close(problem.weight, before, rtol=0, atol=0)
+        if size == 3 or first % 2:
+            expected = prune_by_hand(workspace.originals[1], expected)
+        before = matrix_of(workspace.model, 1)
+        torch.testing.assert_close(before, expected, rtol=0, atol=1e-8)
+    assert editor.finish(workspace) == []
+
+
+@two_families
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_run_resumed_prunes_where_an_uninterrupted_one_does(tiny, cut: int) -> None:
+    start = with_covariances(make_workspace(tiny))
+    ends = []
+    for pieces in ([requests()], [requests()[:cut], requests()[cut:]]):
+        workspace = with_covariances(make_workspace((copy.deepcopy(tiny[0]), tiny[1])))
+        workspace.model.load_state_dict(start.model.state_dict())
+        workspace.originals = start.originals
+        state: dict[str, Tensor] = {}
+        for piece in pieces:
+            editor = pruning(every_n=2)
+            if state:
+                editor.load_state_dict(load(save(state)))
+            for request in piece:
+                edit(editor, workspace, [request])
+            state = editor.state_dict()
+            editor.finish(workspace)
+        ends.append((weights(workspace.model), state))
+    (whole, state), (resumed, state_too) = ends
+    for key, tensor in whole.items():
+        torch.testing.assert_close(resumed[key], tensor, rtol=0, atol=0)
+    assert set(state) == set(state_too)
+    for key in state:
+        torch.testing.assert_close(state_too[key], state[key], rtol=0, atol=0)
+
+
+@two_families
+def test_layers_that_were_never_edited_are_not_pruned(tiny) -> None:
+    workspace = with_covariances(make_workspace(tiny))
+    before = weights(workspace.model)
+    values = values_at(lr=3.0, lr_unit="relative", weight_decay=0.0)
+    layers: dict[str, tuple[int, ...]] = {"0": (1,), "1": (3,)}
+    editor = LocateThenEdit(Assigned(layers), values, ROME(), contexts=2, restraints=[PRUNE(20.0)])
+    edit(editor, workspace, requests()[:1])
+    assert [item.layer for item in editor.finish(workspace)] == [1]
+    assert changed(before, workspace.model) == {workspace.architecture[1].name}
+
+
+@two_families
+def test_a_session_keeps_the_originals_that_a_restraint_needs_and_finishes(tiny) -> None:
+    model, tokenizer = tiny
+    values = values_at(lr=3.0, lr_unit="relative", weight_decay=0.0)
+    solver, policy = ROME(covariance=False), FixedLayers([1])
+    originals, sessions = matrix_of(model, 1), []
+    for restraints in ([PRUNE(20.0)], []):
+        editor = LocateThenEdit(policy, values, solver, contexts=0, restraints=restraints)
+        sessions.append(EditSession(copy.deepcopy(model), tokenizer, editor, corpus=(), corpus_name="none"))
+    session, plain = sessions
+    assert set(session.workspace.originals) == {1}
+    assert not plain.workspace.originals
+    for one in sessions:
+        for request in requests()[:2]:
+            (made,) = one.apply(one.plan([request]))
+            assert made.change["1"] > 0
+        one.finish()
+    expected = prune_by_hand(originals.double(), matrix_of(plain.model, 1).double())
+    torch.testing.assert_close(matrix_of(session.model, 1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # Layers by request

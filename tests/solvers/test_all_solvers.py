@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lit_edit.solvers import MEMIT, MOSE, ROME, AlphaEdit, Solver
+from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Solver
 
 SHAPES = [(12, 24), (16, 48), (40, 96), (24, 24)]
 
@@ -18,6 +18,10 @@ SOLVERS: dict[str, Callable[[bool], Solver]] = {
     "memit": lambda memory: MEMIT(preservation=20.0, memory=memory),
     "alphaedit": lambda memory: AlphaEdit(threshold=None, energy=0.2, ridge=0.1, memory=memory),
     "mose": lambda memory: MOSE(preservation=20.0, memory=memory),
+    "emmet": lambda memory: EMMET(preservation=5.0, memory=memory),
+    "emmet with a ridge": lambda memory: EMMET(preservation=5.0, ridge=0.1, memory=memory),
+    "mose-key": lambda memory: MOSEKey(preservation=20.0, memory=memory),
+    "mose-key of least change": lambda memory: MOSEKey(preservation=20.0, memory=memory, target="least_change"),
 }
 each_solver = pytest.mark.parametrize("name", SOLVERS)
 each_shape = pytest.mark.parametrize(("d", "p"), SHAPES)
@@ -129,6 +133,9 @@ def test_a_missing_covariance_is_named_where_it_is_needed(make_problem, name: st
         (lambda: MEMIT(preservation=-1.0), "MEMIT's preservation must be positive"),
         (lambda: MOSE(preservation=float("nan")), "MOSE's preservation must be positive and finite, got nan"),
         (lambda: AlphaEdit(ridge=0.0), "AlphaEdit's ridge must be positive"),
+        (lambda: EMMET(preservation=0.0), "EMMET's preservation must be positive"),
+        (lambda: EMMET(ridge=-0.1), "EMMET's ridge must be positive and finite, got -0.1"),
+        (lambda: MOSEKey(preservation=-1.0), "MOSEKey's preservation must be positive"),
         (lambda: AlphaEdit(energy=0.1), "set the other to null; got threshold=0.02, energy=0.1"),
         (lambda: AlphaEdit(threshold=None), "threshold=None, energy=None"),
         (lambda: AlphaEdit(threshold=None, energy=2.0), "between 0 and 1, got 2.0"),
@@ -146,6 +153,8 @@ def test_bad_settings_are_refused_at_once(make, message: str) -> None:
         ({"class_path": "lit_edit.solvers.MEMIT", "init_args": {"preservation": 20, "memory": True}}, MEMIT),
         ({"class_path": "lit_edit.solvers.AlphaEdit", "init_args": {"threshold": None, "energy": 0.1}}, AlphaEdit),
         ({"class_path": "lit_edit.solvers.MOSE", "init_args": {"preservation": 2.0}}, MOSE),
+        ({"class_path": "lit_edit.solvers.EMMET", "init_args": {"ridge": 0.1}}, EMMET),
+        ({"class_path": "lit_edit.solvers.MOSEKey", "init_args": {"target": "least_change"}}, MOSEKey),
     ],
 )
 def test_solvers_are_made_from_a_config(config, kind: type[Solver]) -> None:

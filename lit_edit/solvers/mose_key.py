@@ -1,0 +1,185 @@
+"""MOSE on the side of the keys: turn what the weight reads instead of what it puts out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_edit.krylov import Preserved, procrustes_near_identity
+from lit_edit.linalg import procrustes, solve_spd
+from lit_edit.solvers.base import Problem, Solver, check_positive
+from lit_edit.updates import KeyRotation, ThinKeyRotation, Update
+
+FOLD_AT = 128  # columns beside the eigenbasis
+_NOTHING = 1e-8  # of a key's length: a null-space part this short is rounding and points nowhere
+
+
+class MOSEKey(Solver):
+    r"""Multiplicative orthogonal edit from the right, ``W ← W Q``: MOSE's Procrustes problem, posed for the keys.
+
+    MOSE turns outputs and thereby those of *every* key. Turning keys leaves the singular values just as they are, and
+    moves the output of a key only by its share in the plane that is turned. To bring the output of ``k`` to ``v``, the
+    rotation has to take ``k`` to a key ``k*`` of the same length that ``W`` maps to ``v``; it minimises
+
+    .. math:: λ\, E‖Q k - k‖^2 + ‖Q M - M‖^2 + ‖Q K - K^*‖^2, \qquad Q^\top Q = I
+
+    over the tokens of a corpus, the keys ``M`` of past edits and the keys ``K`` of this batch, hence
+
+    .. math:: λ C + M M^\top + K^* K^\top = U Σ H^\top, \qquad Q = U H^\top.
+
+    ``k*`` is chosen by ``target``:
+
+    * ``exact``: its part in the row space of ``W`` is ``W⁺ v``, the only one with ``W k* = v`` (or, where ``W`` does
+      not have that output, the nearest), and its part in the null space is that of ``k``, scaled so that
+      ``‖k*‖ = ‖k‖``.
+      Where ``‖W⁺ v‖ > ‖k‖`` no such key exists; ``k*`` is then ``W⁺ v`` shortened to ``‖k‖``, the point of the sphere
+      nearest to it, which gives the direction of ``v`` at less than its length. Where ``k`` has no null-space part that
+      could be scaled (a square weight of full rank, for one), ``W⁺ v`` is lengthened in the same way.
+    * ``least_change``: ``k + C⁻¹ Wᵀ (W C⁻¹ Wᵀ)⁻¹ (v − W k)``, of all keys that ``W`` maps to ``v`` the one with the
+      least ``(k* − k)ᵀ C (k* − k)``, then brought to the length of ``k``; the output has the direction of ``v`` only.
+
+    A rotation keeps the angles between keys, too: a batch is met exactly only as far as the ``k*`` stand to one another
+    as the ``k`` do.
+
+    What is preserved does not change with the weight. Its eigenvectors are computed once per layer; remembered keys
+    come on top, see `lit_edit.krylov`.
+
+    Args:
+        preservation: ``λ``, how many tokens' worth of the corpus weighs against one edited key.
+        memory: add the keys of past edits to the preserved set.
+        target: how ``k*`` is chosen.
+        method: ``krylov``, or ``svd`` of the dense ``p × p`` matrix at every edit. Their objectives agree to 1e-9.
+
+    Raises:
+        ValueError: if ``preservation`` is not positive, or ``target`` or ``method`` is unknown.
+    """
+
+    additive = False
+
+    def __init__(
+        self,
+        preservation: float = 1.0,
+        memory: bool = True,
+        target: Literal["exact", "least_change"] = "exact",
+        method: Literal["krylov", "svd"] = "krylov",
+    ) -> None:
+        super().__init__(memory)
+        self.preservation = check_positive(preservation, "MOSEKey's preservation")
+        if target not in ("exact", "least_change"):
+            raise ValueError(f"The target of MOSEKey is 'exact' or 'least_change', not {target!r}.")
+        if method not in ("krylov", "svd"):
+            raise ValueError(f"The method of MOSEKey is 'krylov' or 'svd', not {method!r}.")
+        self.target, self.method = target, method
+        self._kept: dict[str, _Kept] = {}
+
+    @torch.no_grad()
+    def solve(self, problem: Problem) -> Update:
+        """The rotation ``Q``.
+
+        Raises:
+            ValueError: if a key is zero or the covariance is missing.
+            NotPositiveDefiniteError: if ``target`` is ``least_change`` and the covariance is singular.
+        """
+        keys = problem.keys
+        if not keys.any(dim=0).all():
+            raise ValueError(f"A key of layer {problem.layer!r} is zero: no rotation can move its output.")
+        given, remembered = self.covariance(problem), self.remembered(problem)
+        if self.target == "exact":
+            wanted = matched_keys(problem.weight, keys, problem.targets)
+        else:
+            wanted = least_changed_keys(problem.weight, keys, problem.targets, given.detach().to(keys))
+        if self.method == "svd" or 40 * keys.shape[1] >= len(keys):  # a space for so many keys would fill the whole
+            m = torch.addmm(self.preservation * given.detach().to(keys), remembered, remembered.T)
+            return KeyRotation(procrustes(m.addmm_(wanted, keys.T)))
+        kept = self._kept.get(problem.layer)
+        if kept is None or not kept.belongs_to(given, remembered):
+            base = Preserved.of(self.preservation * given.detach().to(keys))
+            kept = _Kept(given, given._version if not given.is_inference() else 0, base, remembered[:, :0])
+        kept = self._kept[problem.layer] = kept.with_all(remembered)
+        solution = procrustes_near_identity(kept.preserved, wanted, keys)
+        return ThinKeyRotation(solution.basis, solution.turn)
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """``λ C + M Mᵀ`` by eigenvectors, with the covariance and the remembered keys it was made from."""
+
+    covariance: Tensor
+    version: int
+    preserved: Preserved
+    remembered: Tensor
+
+    def belongs_to(self, covariance: Tensor, remembered: Tensor) -> bool:
+        known = self.remembered.shape[1]
+        return (
+            covariance is self.covariance
+            and (covariance.is_inference() or covariance._version == self.version)
+            and remembered.shape[1] >= known
+            and torch.equal(remembered[:, :known], self.remembered)
+        )
+
+    def with_all(self, remembered: Tensor) -> _Kept:
+        # One by one, so that the result does not depend, to the last bit, on how many came at once: a run that goes on
+        # from a checkpoint gets all of them together.
+        preserved = self.preserved
+        for column in remembered[:, self.remembered.shape[1] :].T:
+            preserved = preserved.with_columns(column[:, None])
+            if preserved.factor.shape[1] >= FOLD_AT:
+                preserved = preserved.folded()
+        return _Kept(self.covariance, self.version, preserved, remembered)
+
+
+def matched_keys(weight: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
+    """Keys of the same lengths that the weight maps to the targets, or to their directions where it cannot.
+
+    Args:
+        weight: ``W (d, p)``.
+        keys: ``K (p, n)``, none of them zero.
+        targets: ``V (d, n)``.
+
+    Returns:
+        ``K* (p, n)`` as described for ``exact`` in `MOSEKey`.
+    """
+    lengths = keys.norm(dim=0)
+    row, present = _pseudo_inverse(weight, torch.cat([targets, weight @ keys], dim=1)).chunk(2, dim=1)
+    null = keys - present
+    reached, free = row.norm(dim=0), null.norm(dim=0)
+    scale = (lengths**2 - reached**2).clamp(min=0).sqrt() / free
+    exact = row + null * scale
+    # A target of zero length in a weight without null space asks for a key that does not exist: leave its key alone.
+    direction = torch.where(reached > _NOTHING * lengths, row * (lengths / reached), keys)
+    return torch.where((reached <= lengths) & (free > _NOTHING * lengths), exact, direction)
+
+
+def _pseudo_inverse(weight: Tensor, outputs: Tensor) -> Tensor:
+    """``W⁺ outputs``: by a QR factorisation of ``Wᵀ`` where the weight has full row rank, by its SVD elsewhere."""
+    d, p = weight.shape
+    if d <= p:
+        q, r = torch.linalg.qr(weight.T)
+        pivots = r.diagonal().abs()
+        if float(pivots.min()) > p * torch.finfo(weight.dtype).eps * float(pivots.max()):
+            return q @ torch.linalg.solve_triangular(r.T, outputs, upper=False)
+    return torch.linalg.pinv(weight) @ outputs
+
+
+def least_changed_keys(weight: Tensor, keys: Tensor, targets: Tensor, covariance: Tensor) -> Tensor:
+    """Keys of the same lengths that the weight maps to the targets' directions, moved where the corpus has least.
+
+    Args:
+        weight: ``W (d, p)``, of full row rank.
+        keys: ``K (p, n)``, none of them zero.
+        targets: ``V (d, n)``.
+        covariance: ``C (p, p)``.
+
+    Returns:
+        ``K* (p, n)`` as described for ``least_change`` in `MOSEKey`.
+
+    Raises:
+        NotPositiveDefiniteError: if the covariance is singular or the weight's rows depend on one another.
+    """
+    spread = solve_spd(covariance, weight.T)
+    moved = keys + spread @ solve_spd(weight @ spread, targets - weight @ keys)
+    return moved * (keys.norm(dim=0) / moved.norm(dim=0))

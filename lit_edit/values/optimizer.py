@@ -1,0 +1,445 @@
+"""Values v*: gradient optimisation of what the edited layers should put out at the subject's last token.
+
+All requests, contexts and candidate layers of a step share one forward pass: every *problem* (a request and the layers
+whose outputs it may change) contributes its rows, and a hook per layer changes the rows that belong to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_edit.keys import KeyAverage, compute_keys
+from lit_edit.prompts import Row
+from lit_edit.requests import EditRequest
+from lit_edit.restraints import Ground
+from lit_edit.suffix import CompletePasses, Passes, cut, supported
+from lit_edit.taps import read_outputs
+from lit_edit.values.constraints import Constraint, NormClamp
+from lit_edit.values.penalties import Penalty
+from lit_edit.values.schedules import Descent, Plain, Schedule, Stage
+from lit_edit.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class ValueProblem:
+    """One optimisation: a request (by index) and the layers whose outputs are free."""
+
+    request: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Values:
+    """The result of an optimisation, an entry per problem.
+
+    ``targets[i][layer]`` is v* (d,) for the projection's product W k (without its bias), or the block's output z*
+    where the site is the block. ``loss`` and ``probability`` (of the new target under the bare edit prompt) are those
+    of the last step.
+    """
+
+    problems: list[ValueProblem]
+    targets: list[dict[int, Tensor]]
+    loss: list[float]
+    probability: list[float]
+    steps: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where one module's output is changed: rows, positions in them, and the slot that each takes its value from."""
+
+    module: nn.Module
+    bias: Tensor | None
+    row: Tensor
+    position: Tensor
+    slot: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """Every row that the problems of an optimisation need, each once: problems of one request share theirs.
+
+    ``rewriting`` and ``essence`` hold, per problem, which rows are its edit prompts in context (the bare one first),
+    and which is its row for the KL term, if there is one. ``passes`` runs them, from a first block each; ``track`` says
+    which of them serves a problem.
+    """
+
+    rows: list[Row]
+    rewriting: list[list[int]]
+    essence: list[int]
+    passes: dict[int, Passes]
+    track: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """The layout of steps that work on the same problems; made anew when one is done.
+
+    What is read comes as places (row, column): first where target tokens are predicted, ``wanted`` and in ``of_row``,
+    then the ends of the rows for the KL term.
+    """
+
+    active: list[int]
+    passes: Passes
+    sizes: list[int]  # rewriting rows per problem
+    bare: Tensor  # per problem its first row, the bare prompt
+    lengths: Tensor  # (rewriting rows,) tokens of the target
+    read: tuple[Tensor, Tensor]
+    wanted: Tensor
+    of_row: Tensor
+    slots: list[list[int]]  # per problem
+    places: list[_Place]
+
+
+# Tokens that a pass should have, on a CPU and elsewhere: with fewer, reading the weights takes longer than computing
+# with them, and problems of different first layers are better off in one pass.
+WORTHWHILE = (64, 256)
+
+
+def _tracks(firsts: Sequence[int], sizes: Sequence[int], worthwhile: int) -> list[int]:
+    """For each problem the first block of the pass it takes part in: its own first layer or one below.
+
+    Args:
+        firsts: the first layer that each problem changes.
+        sizes: tokens that it adds to a pass.
+        worthwhile: tokens from which on a further pass is opened.
+    """
+    track: dict[int, int] = {}
+    start, tokens = -1, 0
+    for first in sorted(set(firsts)):
+        if start < 0 or tokens >= worthwhile:
+            start, tokens = first, 0
+        track[first] = start
+        tokens += sum(size for f, size in zip(firsts, sizes, strict=True) if f == first)
+    return [track[first] for first in firsts]
+
+
+class ValueOptimizer:
+    """Optimises v* for a batch of problems at once (ROME Eq. 4, MEMIT Eq. 16, MOSE Eq. 24).
+
+    ``loss = NLL(target | contexts) + kl_factor · KL + weight_decay · ‖δ‖ / ‖v0‖²``, NLL averaged over target tokens and
+    then over contexts, KL between the next-token distributions of "{subject} is a" before and during.
+
+    Args:
+        site: where δ acts: ``mlp`` (output of the edited projection; ROME, MOSE) or ``block`` (output of the block of
+            the last edited layer; MEMIT, AlphaEdit).
+        constraint: what values are allowed.
+        lr: Adam's learning rate.
+        lr_unit: ``absolute`` as published, or ``relative`` to ``‖v0‖ / √d``, which carries over between models.
+        steps: at most so many.
+        stop_loss: a problem is done once its loss is below.
+        kl_factor: weight of the KL term; 0 leaves it out.
+        weight_decay: weight of the norm penalty.
+        penalties: further terms of the loss (O-Edit). They count in the loss to stop at, too.
+        schedule: how the steps are laid out (EAC); None for a single stage.
+        complete_passes: run every token through every block at every step, instead of computing once what a change
+            cannot reach. The numbers are the same to rounding; for comparison, and for models whose passes cannot be
+            cut, which always run complete ones.
+
+    Raises:
+        ValueError: for a constraint that the site or the schedule cannot take, or numbers out of range.
+    """
+
+    def __init__(
+        self,
+        site: Literal["mlp", "block"] = "mlp",
+        constraint: Constraint | None = None,
+        lr: float = 0.5,
+        lr_unit: Literal["absolute", "relative"] = "absolute",
+        steps: int = 25,
+        stop_loss: float = 0.05,
+        kl_factor: float = 0.0625,
+        weight_decay: float = 1e-3,
+        penalties: list[Penalty] | None = None,
+        schedule: Schedule | None = None,
+        complete_passes: bool = False,
+    ) -> None:
+        self.constraint = constraint if constraint is not None else NormClamp(4.0)
+        if site == "block" and self.constraint.replaces:
+            raise ValueError("Norm-matched values need `site: mlp`: a block's output is not a product of its weight.")
+        if site not in ("mlp", "block"):
+            raise ValueError(f"The site of values is 'mlp' or 'block', not {site!r}.")
+        if lr_unit not in ("absolute", "relative"):
+            raise ValueError(f"The unit of lr is 'absolute' or 'relative', not {lr_unit!r}.")
+        if not (lr > 0 and steps >= 1 and kl_factor >= 0 and weight_decay >= 0):
+            raise ValueError("Values need lr > 0, steps >= 1, kl_factor >= 0 and weight_decay >= 0.")
+        self.site, self.lr, self.lr_unit, self.steps = site, lr, lr_unit, steps
+        self.stop_loss, self.kl_factor, self.weight_decay = stop_loss, kl_factor, weight_decay
+        self.penalties = list(penalties or [])
+        self.schedule = schedule if schedule is not None else Plain()
+        self.complete_passes = complete_passes
+        self.schedule.check(self.constraint)
+
+    def optimise(
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        problems: Sequence[ValueProblem],
+        average: KeyAverage,
+        steps: int | None = None,
+        contexts: Sequence[str] | None = None,
+        grounds: Mapping[int, Ground] | None = None,
+    ) -> Values:
+        """Runs the optimisation. Needs gradients enabled; leaves no gradient on the model's weights.
+
+        Args:
+            workspace: the model.
+            requests: the requests that problems refer to.
+            problems: what to solve, independently of one another.
+            average: how keys are averaged, which fixes the starting point ``v0 = W k`` at site ``mlp``.
+            steps: replaces the object's own number.
+            contexts: replaces the workspace's contexts.
+            grounds: what penalties look at, for every layer of the problems. None leaves penalties out, as layer
+                policies do, which compare candidates by the plain loss.
+        """
+        starts = self._starts(workspace, requests, problems, average)  # (slots, d)
+        slots = [(p, layer) for p, problem in enumerate(problems) for layer in problem.layers]
+        unit = (
+            starts.norm(dim=-1, keepdim=True) / starts.shape[-1] ** 0.5
+            if self.lr_unit == "relative"
+            else torch.ones_like(starts[:, :1])
+        )
+        texts = self._texts(workspace, requests, problems, contexts)
+        before = self._essence_before(workspace, requests, problems) if self.kl_factor else None
+        penalties = []
+        if grounds is not None:
+            penalties = [penalty.prepare([grounds[layer] for _, layer in slots]) for penalty in self.penalties]
+        n = len(problems)
+
+        def descend(stage: Stage) -> Descent:
+            free = torch.zeros_like(starts) if stage.start is None else stage.start / unit  # δ in units of `unit`
+            free.requires_grad_(True)
+            adam = torch.optim.Adam([free], lr=self.lr)
+            loss_of, probability, steps_taken = [0.0] * n, [0.0] * n, [0] * n
+            final, gradient = torch.zeros_like(starts), torch.zeros_like(starts)
+            rounds = self._rounds(workspace, list(range(n)), slots, texts)
+            for step in range(stage.steps + 1):  # the last turn only evaluates: the reported loss is the value's own
+                delta = free * unit
+                with torch.set_grad_enabled(step < stage.steps):
+                    found = [self._losses(r, before, starts, delta) for r in rounds]
+                    losses = torch.cat([losses for losses, _ in found])
+                    terms = [penalty(self._moved(starts, delta)) for penalty in penalties]
+                    if stage.term is not None:
+                        terms.append(stage.term(delta))
+                    for term in terms:
+                        losses = losses + torch.stack([term[mine].sum() for r in rounds for mine in r.slots])
+                bare = torch.cat(
+                    [
+                        (-nll.detach()[r.bare] * r.lengths[r.bare]).exp()
+                        for (_, nll), r in zip(found, rounds, strict=True)
+                    ]
+                )
+                active = [p for r in rounds for p in r.active]
+                slots_of = [mine for r in rounds for mine in r.slots]
+                still: set[int] = set()
+                for p, mine, loss, chance in zip(active, slots_of, losses.tolist(), bare.tolist(), strict=True):
+                    loss_of[p], probability[p], steps_taken[p] = loss, chance, step
+                    if loss < self.stop_loss or step == stage.steps:
+                        final[mine] = delta[mine].detach()
+                    else:
+                        still.add(p)
+                if not still:
+                    break
+                # Problems are independent: the sum's gradient is each one's own, and Adam works by coordinate. Not
+                # `backward`, which would leave gradients on weights that require them.
+                (slope,) = torch.autograd.grad(losses[[p in still for p in active]].sum(), free)
+                gradient += slope / unit
+                free.grad = slope if stage.free is None else slope * stage.free
+                adam.step()
+                with torch.no_grad():
+                    free.copy_(self.constraint.project(starts, free * unit) / unit)
+                rounds = [
+                    new
+                    for r in rounds
+                    for new in (
+                        [r]
+                        if still.issuperset(r.active)
+                        else self._rounds(workspace, [p for p in r.active if p in still], slots, texts)
+                    )
+                ]
+            taken = torch.tensor([max(1, steps_taken[p]) for p, _ in slots], device=starts.device)
+            return Descent(final, gradient / taken[:, None], loss_of, probability, steps_taken)
+
+        found = self.schedule.run(descend, self.steps if steps is None else steps)
+        values = self.constraint.value(starts, found.change)
+        targets: list[dict[int, Tensor]] = [{} for _ in problems]
+        for s, (p, layer) in enumerate(slots):
+            targets[p][layer] = values[s].detach()
+        return Values(list(problems), targets, found.loss, found.probability, found.steps)
+
+    def _losses(self, round_: _Round, before: Tensor | None, starts: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """NLL, KL and weight decay of every problem of a round, (problems,), and the NLL of every rewriting row."""
+        logits = round_.passes.logits(*round_.read, self._changes(round_, starts, delta)).float()
+        n = len(round_.wanted)
+        by_token = nn.functional.cross_entropy(logits[:n], round_.wanted, reduction="none")
+        nll = torch.zeros_like(round_.lengths, dtype=by_token.dtype).index_add(0, round_.of_row, by_token)
+        nll = nll / round_.lengths
+        losses = torch.stack([x.mean() for x in nll.split(round_.sizes)])
+        if before is not None:
+            now = logits[n:].log_softmax(-1)
+            kl = nn.functional.kl_div(before[round_.active], now, log_target=True, reduction="none").sum(-1)
+            losses = losses + self.kl_factor * kl
+        if self.weight_decay:
+            decay = delta.norm(dim=-1) / starts.norm(dim=-1).clamp_min(1e-12) ** 2
+            losses = losses + self.weight_decay * torch.stack([decay[mine].sum() for mine in round_.slots])
+        return losses, nll
+
+    def _moved(self, starts: Tensor, delta: Tensor) -> Tensor:
+        """``v − v0`` (slots, d); where the change is added it is just that, without the rounding of a sum."""
+        return self.constraint.value(starts, delta) - starts if self.constraint.replaces else delta
+
+    @torch.no_grad()
+    def _starts(
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        problems: Sequence[ValueProblem],
+        average: KeyAverage,
+    ) -> Tensor:
+        """v0 of every slot: W k of the averaged key at site ``mlp``, else the block's output on the bare prompt."""
+        layers = sorted({layer for p in problems for layer in p.layers})
+        if self.site == "block":
+            outputs = block_outputs(workspace, requests, layers)
+        else:
+            keys = compute_keys(workspace, requests, layers, average)
+            outputs = {layer: workspace.architecture[layer].weight.float() @ keys[layer] for layer in layers}
+        return torch.stack([outputs[layer][:, p.request] for p in problems for layer in p.layers])
+
+    @torch.no_grad()
+    def _essence_before(
+        self, workspace: Workspace, requests: Sequence[EditRequest], problems: Sequence[ValueProblem]
+    ) -> Tensor:
+        """Log-probabilities (problems, vocabulary) after "{subject} is a", before any change."""
+        batch = workspace.prompter.collate([workspace.essence_row(r) for r in requests], workspace.device)
+        logits = workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        at = batch.attention_mask.sum(1) - 1
+        found = logits[torch.arange(len(requests)), at].float().log_softmax(-1)
+        return found[[p.request for p in problems]]
+
+    def _texts(
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        problems: Sequence[ValueProblem],
+        contexts: Sequence[str] | None,
+    ) -> _Texts:
+        """Tokenises, and runs the model once where passes can be cut."""
+        rows: list[Row] = []
+        rewriting: dict[int, list[int]] = {}
+        essence: dict[int, int] = {}
+        for i in sorted({p.request for p in problems}):
+            found = workspace.rewriting_rows(requests[i], contexts)
+            rewriting[i] = list(range(len(rows), len(rows) + len(found)))
+            rows += found
+            if self.kl_factor:
+                essence[i] = len(rows)
+                rows.append(workspace.essence_row(requests[i]))
+        batch = workspace.prompter.collate(rows, workspace.device)
+        blocks = [part.block for part in workspace.architecture.layers]
+        passes: dict[int, Passes] = {0: CompletePasses(workspace.model, batch)}
+        track = [0] * len(problems)
+        if not self.complete_passes and supported(workspace.model, blocks):
+            left = batch.attention_mask.sum(1) - batch.subject_last  # tokens that a row runs
+            size = [
+                sum(int(left[i]) for i in [*rewriting[p.request], *([essence[p.request]] if essence else [])])
+                for p in problems
+            ]
+            track = _tracks([min(p.layers) for p in problems], size, WORTHWHILE[workspace.device.type != "cpu"])
+            passes = {**cut(workspace.model, blocks, batch, sorted(set(track)))}
+        return _Texts(
+            rows,
+            [rewriting[p.request] for p in problems],
+            [essence[p.request] for p in problems] if self.kl_factor else [],
+            passes,
+            track,
+        )
+
+    def _rounds(
+        self,
+        workspace: Workspace,
+        active: list[int],
+        slots: list[tuple[int, int]],
+        texts: _Texts,
+    ) -> list[_Round]:
+        """Lays out problems that are not done, those that share their passes together."""
+        shared: dict[int, list[int]] = {}
+        for p in active:
+            shared.setdefault(texts.track[p], []).append(p)
+        return [
+            self._round(workspace, mine, slots, texts, texts.passes[first]) for first, mine in sorted(shared.items())
+        ]
+
+    def _round(
+        self, workspace: Workspace, active: list[int], slots: list[tuple[int, int]], texts: _Texts, passes: Passes
+    ) -> _Round:
+        """Lays out the rows: all contexts of all problems first, then one for the KL each."""
+        device = workspace.device
+        taken = [i for p in active for i in texts.rewriting[p]]
+        sizes = [len(texts.rewriting[p]) for p in active]
+        owner = [p for p in active for _ in texts.rewriting[p]] + (active if texts.essence else [])
+        rows = [texts.rows[i] for i in taken]
+        ends = [texts.rows[texts.essence[p]] for p in active] if texts.essence else []
+        # The token at t is predicted at t - 1; columns count from the subject's last token.
+        targets = [(r, t) for r, row in enumerate(rows) for t in range(row.target_start, len(row.ids))]
+        read = [(r, t - 1 - rows[r].subject_last) for r, t in targets]
+        read += [(len(rows) + e, len(row.ids) - 1 - row.subject_last) for e, row in enumerate(ends)]
+        chosen = passes.select(taken + [texts.essence[p] for p in active if texts.essence])
+        index = {slot: s for s, slot in enumerate(slots)}
+        places = []
+        for layer in sorted({layer for p, layer in slots if p in set(active)}):
+            at = [r for r, p in enumerate(owner) if (p, layer) in index]
+            part = workspace.architecture[layer]
+            row = torch.tensor(at, device=device)
+            places.append(
+                _Place(
+                    module=part.block if self.site == "block" else part.projection,
+                    bias=getattr(part.projection, "bias", None) if self.site == "mlp" else None,
+                    row=row,
+                    position=chosen.changed[row],
+                    slot=torch.tensor([index[owner[r], layer] for r in at], device=device),
+                )
+            )
+        return _Round(
+            active=active,
+            passes=chosen,
+            sizes=sizes,
+            bare=torch.tensor([sum(sizes[:i]) for i in range(len(active))], device=device),
+            lengths=torch.tensor([len(row.ids) - row.target_start for row in rows], device=device),
+            read=(torch.tensor([r for r, _ in read], device=device), torch.tensor([c for _, c in read], device=device)),
+            wanted=torch.tensor([rows[r].ids[t] for r, t in targets], device=device),
+            of_row=torch.tensor([r for r, _ in targets], device=device),
+            slots=[[s for s, (q, _) in enumerate(slots) if q == p] for p in active],
+            places=places,
+        )
+
+    def _changes(self, round_: _Round, starts: Tensor, delta: Tensor) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+        """For every module the function that changes its output where a value is to be tried."""
+
+        def at(place: _Place) -> Callable[[Tensor], Tensor]:
+            def change(output: Tensor) -> Tensor:
+                if self.constraint.replaces:
+                    new = self.constraint.value(starts[place.slot], delta[place.slot])
+                    new = new if place.bias is None else new + place.bias.float()
+                else:
+                    new = output[place.row, place.position].float() + delta[place.slot]
+                return output.index_put((place.row, place.position), new.to(output.dtype))
+
+            return change
+
+        return {place.module: at(place) for place in round_.places}
+
+
+@torch.no_grad()
+def block_outputs(workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[int, Tensor]:
+    """Outputs of blocks at the subject's last token under the bare edit prompt: for each layer (d, n), float32."""
+    rows = [workspace.prompter.row(r.prompt, r.target_new, r.subject, r.source).up_to_subject() for r in requests]
+    batch = workspace.prompter.collate(rows, workspace.device)
+    with read_outputs({layer: workspace.architecture[layer].block for layer in layers}, len(rows)) as seen:
+        workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    at = torch.arange(len(rows), device=workspace.device)
+    return {layer: seen[layer][at, batch.subject_last].float().T for layer in layers}

@@ -1,0 +1,169 @@
+"""MOSE's thin solutions against the dense ones, along sequences of edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_edit.linalg import orthogonality_error
+from lit_edit.solvers import MOSE, MOSEKey, Problem, Solver
+from lit_edit.updates import Rotation, ThinRotation, Update
+
+D, P = 96, 160
+SOLVERS: dict[str, Callable[[str], Solver]] = {
+    "mose": lambda method: MOSE(preservation=5.0, method=method),  # type: ignore[arg-type]
+    "mose without memory": lambda method: MOSE(preservation=5.0, memory=False, method=method),  # type: ignore[arg-type]
+    "mose-key": lambda method: MOSEKey(preservation=5.0, method=method),  # type: ignore[arg-type]
+    "mose-key, least change": lambda method: MOSEKey(5.0, target="least_change", method=method),  # type: ignore[arg-type]
+}
+each_solver = pytest.mark.parametrize("name", SOLVERS)
+
+
+class Sequence:
+    """Edits of one layer, one after another, in float64 or in a dtype of a model."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.g = torch.Generator().manual_seed(0)
+        root = torch.randn(P, P, generator=self.g, dtype=torch.float64) * torch.logspace(0, -2.5, P).double()
+        self.covariance = root @ root.T / P
+        self.weight = torch.randn(D, P, generator=self.g, dtype=torch.float64).to(dtype)
+        self.past = torch.zeros(P, 0, dtype=torch.float64)
+
+    def problem(self, n: int = 1) -> Problem:
+        keys = torch.linalg.cholesky(self.covariance) @ torch.randn(P, n, generator=self.g, dtype=torch.float64) * 8
+        out = self.weight.double() @ keys
+        targets = torch.randn(D, n, generator=self.g, dtype=torch.float64)
+        targets = targets / targets.norm(dim=0) * out.norm(dim=0)
+        return Problem(self.weight, keys, targets, self.covariance, self.past, "layer")
+
+    def apply(self, problem: Problem, update: Update) -> None:
+        update.apply_(self.weight)
+        self.past = torch.cat([self.past, problem.keys], dim=1)
+
+
+def dense(update: Update) -> tuple[Tensor, bool]:
+    """Q, and whether it stands on the side of the outputs."""
+    left = isinstance(update, (Rotation, ThinRotation))
+    identity = torch.eye(D if left else P, dtype=torch.float64)
+    return identity + update.delta(identity), left
+
+
+def objective(solver: Solver, problem: Problem, q: Tensor, left: bool) -> float:
+    """What Q is to make small, summed term by term: ‖Q X − Y‖² over preserved and new columns."""
+    root = torch.linalg.cholesky(problem.covariance) * solver.preservation**0.5  # type: ignore[attr-defined]
+    kept = torch.cat([root, solver.remembered(problem)], dim=1)
+    new = problem.keys
+    if left:
+        kept, new, wanted = problem.weight @ kept, problem.weight @ new, problem.targets
+    else:
+        wanted = wanted_keys(solver, problem)
+    return float((q @ kept - kept).square().sum() + (q @ new - wanted).square().sum())
+
+
+def wanted_keys(solver: Solver, problem: Problem) -> Tensor:
+    from lit_edit.solvers.mose_key import least_changed_keys, matched_keys
+
+    if solver.target == "exact":  # type: ignore[attr-defined]
+        return matched_keys(problem.weight, problem.keys, problem.targets)
+    return least_changed_keys(problem.weight, problem.keys, problem.targets, problem.covariance)
+
+
+@each_solver
+@pytest.mark.parametrize("n", [1, 2])
+def test_every_edit_of_a_sequence_is_as_good_as_the_dense_solution(name: str, n: int) -> None:
+    run, thin, exact = Sequence(), SOLVERS[name]("krylov"), SOLVERS[name]("svd")
+    start = torch.linalg.svdvals(run.weight)
+    for _ in range(20):
+        problem = run.problem(n)
+        update = thin.solve(problem)
+        q, left = dense(update)
+        assert type(update).__name__.startswith("Thin")
+        assert orthogonality_error(q) < 1e-12
+        best, _ = dense(exact.solve(problem))
+        reached, least = objective(exact, problem, q, left), objective(exact, problem, best, left)
+        nothing = objective(exact, problem, torch.eye(len(q), dtype=torch.float64), left)
+        assert reached - least < 1e-7 * nothing
+        assert least < 0.99 * nothing
+        run.apply(problem, update)
+    torch.testing.assert_close(torch.linalg.svdvals(run.weight), start, rtol=1e-10, atol=0)
+
+
+@each_solver
+def test_a_solution_that_was_not_applied_does_not_count(name: str) -> None:
+    run, solver = Sequence(), SOLVERS[name]("krylov")
+    first = run.problem()
+    run.apply(first, solver.solve(first))
+    second = run.problem()
+    alone, _ = dense(SOLVERS[name]("krylov").solve(second))
+    solver.solve(run.problem())  # looked at and dropped, as a layer policy does
+    again, _ = dense(solver.solve(second))
+    torch.testing.assert_close(again, alone, rtol=0, atol=1e-6)
+
+
+@each_solver
+def test_a_weight_that_others_changed_is_seen_anew(name: str) -> None:
+    run, solver = Sequence(), SOLVERS[name]("krylov")
+    for _ in range(3):
+        problem = run.problem()
+        run.apply(problem, solver.solve(problem))
+    run.weight += 0.3 * torch.randn(D, P, generator=run.g, dtype=torch.float64)
+    problem = run.problem()
+    q, left = dense(solver.solve(problem))
+    best, _ = dense(SOLVERS[name]("svd").solve(problem))
+    exact = SOLVERS[name]("svd")
+    reached, least = objective(exact, problem, q, left), objective(exact, problem, best, left)
+    assert reached - least < 1e-7 * objective(exact, problem, torch.eye(len(q), dtype=torch.float64), left)
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_weights_do_as_well(name: str, dtype: torch.dtype) -> None:
+    run, solver, exact = Sequence(dtype), SOLVERS[name]("krylov"), SOLVERS[name]("svd")
+    for _ in range(12):
+        problem = run.problem()
+        update = solver.solve(problem)
+        q, left = dense(update)
+        best, _ = dense(exact.solve(problem))
+        reached, least = objective(exact, problem, q, left), objective(exact, problem, best, left)
+        assert reached - least < 1e-6 * objective(exact, problem, torch.eye(len(q), dtype=torch.float64), left)
+        run.apply(problem, update)
+
+
+@each_solver
+def test_a_solver_restored_from_its_state_goes_on_to_the_last_bit(name: str) -> None:
+    run, solver = Sequence(torch.float32), SOLVERS[name]("krylov")
+    for _ in range(5):
+        problem = run.problem()
+        run.apply(problem, solver.solve(problem))
+    other = SOLVERS[name]("krylov")
+    other.load_state_dict({key: tensor.clone() for key, tensor in solver.state_dict().items()})
+    problem = run.problem()
+    for one, two in zip(
+        solver.solve(problem).state_dict().values(), other.solve(problem).state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@each_solver
+def test_many_remembered_keys_are_folded_in_and_stay_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("mose", "mose_key"):
+        monkeypatch.setattr(f"lit_edit.solvers.{module}.FOLD_AT", 4)
+    run, solver, exact = Sequence(), SOLVERS[name]("krylov"), SOLVERS[name]("svd")
+    for _ in range(15):
+        problem = run.problem()
+        update = solver.solve(problem)
+        run.apply(problem, update)
+    problem = run.problem()
+    q, left = dense(solver.solve(problem))
+    best, _ = dense(exact.solve(problem))
+    reached, least = objective(exact, problem, q, left), objective(exact, problem, best, left)
+    assert reached - least < 1e-7 * objective(exact, problem, torch.eye(len(q), dtype=torch.float64), left)
+
+
+@pytest.mark.parametrize("make", [MOSE, MOSEKey])
+def test_an_unknown_method_is_refused(make: type[MOSE] | type[MOSEKey]) -> None:
+    with pytest.raises(ValueError, match="is 'krylov' or 'svd', not 'qr'"):
+        make(method="qr")  # type: ignore[arg-type]
