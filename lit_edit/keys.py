@@ -60,7 +60,7 @@ def compute_keys(
     rows = [row.up_to_subject() for rows in per_request for row in rows]
     batch = workspace.prompter.collate(rows, workspace.device)
     modules = {layer: workspace.architecture[layer].projection for layer in layers}
-    with read_inputs(modules, len(rows), stop=True) as seen:
+    with read_inputs(modules, batch.input_ids.shape[1], stop=True) as seen:
         workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     at = torch.arange(len(rows), device=workspace.device)
     sizes = [len(rows) for rows in per_request]

@@ -2,8 +2,9 @@
 
 A value is tried at the subject's last token, in some first layer. Causal attention keeps it from every token to the
 left, and the blocks below that layer never see it. So the blocks below need not run again, and of the tokens to the
-left only their attention keys and values are needed; both are taken from one complete pass. Of the logits only those
-that a loss reads are computed.
+left only their attention keys and values are needed; both are taken from one complete pass. Rows that differ in their
+first layer share a pass all the same: each joins it at its own block. Of the logits only those that a loss reads are
+computed.
 
 Nothing here is an approximation. What is used of `transformers` is public: a cache passed as ``past_key_values``,
 explicit ``position_ids``, and hooks on blocks and on the output embeddings.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,10 @@ class _Kept(DynamicLayer):
         self.keys, self.values = keys, values
         self._left = keys, values
 
+    def get_seq_length(self) -> int:
+        """Also where no row takes part in the block yet: masks are laid out by the first block's cache."""
+        return self._left[0].shape[-2]
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._left
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
@@ -42,14 +47,18 @@ class _Kept(DynamicLayer):
 class Passes(ABC):
     """Rows of text through a model, over and over, with something changed at the subject's last token of each."""
 
-    @property
     @abstractmethod
-    def changed(self) -> Tensor:
-        """(rows,): the column of the subject's last token in what the model sees of a row."""
+    def select(self, rows: Sequence[int], firsts: Sequence[int]) -> Passes:
+        """Some of the rows, in the order given; a row may be taken more than once.
+
+        Args:
+            rows: which.
+            firsts: for each the first block in which something will be changed.
+        """
 
     @abstractmethod
-    def select(self, rows: Sequence[int]) -> Passes:
-        """Some of the rows, in the order given; a row may be taken more than once."""
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the subject's last tokens of some rows stand in the outputs of modules: (row, column), both (n,)."""
 
     @abstractmethod
     def logits(self, rows: Tensor, columns: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
@@ -58,7 +67,7 @@ class Passes(ABC):
         Args:
             rows: (n,), of the places to read.
             columns: (n,), counted from each row's subject's last token, which is 0; not below.
-            changes: a function of the output (rows, tokens, d) for each module to change.
+            changes: a function of the output (rows, tokens, d) for each module to change, at `places`.
 
         Returns:
             (n, vocabulary), in the model's dtype.
@@ -77,12 +86,11 @@ class CompletePasses(Passes):
     model: nn.Module
     batch: Batch
 
-    @property
-    def changed(self) -> Tensor:
-        """Where it is in the text."""
-        return self.batch.subject_last
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows themselves, and where the token is in the text."""
+        return rows, self.batch.subject_last[rows]
 
-    def select(self, rows: Sequence[int]) -> CompletePasses:
+    def select(self, rows: Sequence[int], firsts: Sequence[int]) -> CompletePasses:
         """Some of the rows, without columns that none of them needs."""
         at = torch.tensor(list(rows), device=self.batch.input_ids.device)
         width = int(self.batch.attention_mask[at].sum(1).max())
@@ -99,7 +107,8 @@ class CompletePasses(Passes):
     def logits(self, rows: Tensor, columns: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
         """By one complete pass; the head sees only the places to read."""
         ids, mask = self.batch.input_ids, self.batch.attention_mask
-        with change_outputs(changes, len(ids)), _reading(self.model, rows, self.changed[rows] + columns):
+        at = self.batch.subject_last[rows] + columns
+        with change_outputs(changes, ids.shape[1]), _reading(self.model, rows, at):
             found: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return found[0]
 
@@ -108,7 +117,8 @@ class CompletePasses(Passes):
 class Suffixes(Passes):
     """Rows from each one's subject's last token on, with what lies to the left and below as it was computed once.
 
-    Column ``j`` of a row is its token ``start + j``; rows shorter than the longest are padded on the right.
+    Column ``j`` of a row is its token ``start + j``; rows shorter than the longest are padded on the right. Rows are
+    kept in the order of their first blocks, so that those which take part in a block come before those that do not yet.
 
     Args:
         model: the model.
@@ -117,9 +127,10 @@ class Suffixes(Passes):
         mask: (rows, P + S): which of the P tokens to the left, and of the suffix, a row has.
         positions: (rows, S), the tokens' places in the whole text.
         starts: (rows,), where each suffix starts in the whole text.
-        hidden: (rows, S, d), the input of the first block that runs; None where that is the first of all.
+        firsts: (rows,), the first block that a row takes part in, ascending.
+        rank: (rows,), the place that a row has in this order.
+        hidden: by first block, what enters it: (rows, S, d) of the rows that join there.
         past: per block the keys and values (rows, heads, P, head size) of the tokens to the left.
-        first: the first block that runs; changes in blocks below it are not seen.
         tuples: whether blocks return a tuple that starts with the hidden states, as some do.
     """
 
@@ -129,43 +140,59 @@ class Suffixes(Passes):
     mask: Tensor
     positions: Tensor
     starts: Tensor
-    hidden: Tensor | None
+    firsts: tuple[int, ...]
+    rank: Tensor
+    hidden: dict[int, Tensor]
     past: list[tuple[Tensor, Tensor]]
-    first: int
-    tuples: bool = False
+    tuples: bool
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def changed(self) -> Tensor:
-        """The first column."""
-        return torch.zeros_like(self.starts)
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' ranks, and the first column."""
+        return self.rank[rows], torch.zeros_like(rows)
 
-    def select(self, rows: Sequence[int]) -> Suffixes:
-        """Some of the rows, without columns that none of them needs."""
-        at = torch.tensor(list(rows), device=self.ids.device)
+    def select(self, rows: Sequence[int], firsts: Sequence[int]) -> Suffixes:
+        """Some of the rows, without columns that none of them needs.
+
+        Only of what `cut` gave: there every row can join at every block.
+        """
+        order = sorted(range(len(rows)), key=lambda i: firsts[i])
+        device = self.ids.device
+        at = torch.tensor([rows[i] for i in order], device=device)
         prefix = int(self.starts[at].max())
         before = self.mask.shape[1] - self.ids.shape[1]
         width = int(self.mask[at, before:].sum(1).max())
+        joining = tuple(firsts[i] for i in order)
+        rank = torch.empty(len(order), dtype=torch.long)
+        rank[torch.tensor(order)] = torch.arange(len(order))
+        taking_part = [sum(first <= block for first in joining) for block in range(len(self.blocks))]
         return replace(
             self,
             ids=self.ids[at, :width],
             mask=torch.cat([self.mask[at, :prefix], self.mask[at, before : before + width]], dim=1),
             positions=self.positions[at, :width],
             starts=self.starts[at],
-            hidden=None if self.hidden is None else self.hidden[at, :width],
-            past=[(k[at, :, :prefix], v[at, :, :prefix]) for k, v in self.past],
+            firsts=joining,
+            rank=rank.to(device),
+            hidden={
+                first: self.hidden[first][at[[i for i, f in enumerate(joining) if f == first]], :width]
+                for first in set(joining)
+            },
+            past=[
+                (k[at[:n], :, :prefix], v[at[:n], :, :prefix]) for n, (k, v) in zip(taking_part, self.past, strict=True)
+            ],
         )
 
     def logits(self, rows: Tensor, columns: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
-        """By a pass of the suffixes through the blocks from ``first`` on."""
+        """By a pass of the suffixes, each through the blocks from its first on."""
         cache = Cache(layers=[_Kept(k, v) for k, v in self.past])
-        with ExitStack() as stack:
-            stack.enter_context(change_outputs(changes, len(self)))
-            stack.enter_context(_reading(self.model, rows, columns))
-            if self.hidden is not None:
-                stack.enter_context(_starting_from(self.blocks[: self.first], self.hidden, self.tuples))
+        with (
+            change_outputs(changes, self.ids.shape[1]),
+            _reading(self.model, self.rank[rows], columns),
+            _joining(self.blocks, self.firsts, self.hidden, self.tuples),
+        ):
             found: Tensor = self.model(
                 input_ids=self.ids,
                 attention_mask=self.mask,
@@ -198,30 +225,30 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, firsts: Sequence[int]) -> dict[int, Suffixes]:
+def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, firsts: Sequence[int]) -> Suffixes:
     """Runs the model once in full and cuts each row at its subject's last token.
 
     Args:
         model: a causal language model that is `supported`.
         blocks: all its blocks, in order.
         batch: the rows, each with its subject's last token.
-        firsts: blocks from which something may be changed; there is a result for each, and they share what they can.
+        firsts: blocks at which rows may join; the result is to be used through its ``select``.
     """
     entered: dict[int, Tensor] = {}
-    tuples: dict[int, bool] = {}
+    tuples: list[bool] = []
 
-    def watch(first: int) -> list[Any]:
+    def entering(first: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entered[first] = args[0] if args else kwargs["hidden_states"]
 
-        def leave(_: nn.Module, __: Any, output: Any) -> None:
-            tuples[first] = isinstance(output, tuple)
+        return enter
 
-        block = blocks[first]
-        return [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        tuples.append(isinstance(output, tuple))
 
     cache = Cache(layer_class_to_replicate=DynamicLayer)
-    handles = [handle for first in firsts for handle in watch(first)]
+    handles = [blocks[f].register_forward_pre_hook(entering(f), with_kwargs=True) for f in sorted(set(firsts))]
+    handles.append(blocks[0].register_forward_hook(leave))
     starts = batch.subject_last
     nowhere = torch.zeros(1, dtype=torch.long, device=starts.device)
     try:
@@ -237,22 +264,19 @@ def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, firsts: Seq
     inside = at < lengths[:, None]
     at = at.clamp_max(length - 1)
     left = torch.arange(prefix, device=starts.device)[None] < starts[:, None]
-    past = [(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in _filled(cache)]
-    return {
-        first: Suffixes(
-            model=model,
-            blocks=blocks,
-            ids=batch.input_ids.gather(1, at),
-            mask=torch.cat([left, inside], dim=1).long(),
-            positions=at,
-            starts=starts,
-            hidden=entered[first].gather(1, at[..., None].expand(-1, -1, entered[first].shape[-1])) if first else None,
-            past=past,
-            first=first,
-            tuples=tuples[first],
-        )
-        for first in firsts
-    }
+    return Suffixes(
+        model=model,
+        blocks=blocks,
+        ids=batch.input_ids.gather(1, at),
+        mask=torch.cat([left, inside], dim=1).long(),
+        positions=at,
+        starts=starts,
+        firsts=(0,) * len(starts),
+        rank=torch.arange(len(starts), device=starts.device),
+        hidden={f: state.gather(1, at[..., None].expand(-1, -1, state.shape[-1])) for f, state in entered.items()},
+        past=[(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in _filled(cache)],
+        tuples=tuples[0],
+    )
 
 
 def _filled(cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
@@ -279,24 +303,48 @@ def _reading(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _starting_from(skipped: Sequence[nn.Module], hidden: Tensor, tuples: bool) -> Iterator[None]:
-    """Lets blocks pass their input on without running, and the last of them put out the states given."""
+def _joining(
+    blocks: Sequence[nn.Module], firsts: Sequence[int], hidden: dict[int, Tensor], tuples: bool
+) -> Iterator[None]:
+    """Lets every block run only the rows that take part in it; those that join bring their own states along."""
+    every = len(firsts)
 
-    def leave_out(block: nn.Module, state: Tensor | None) -> None:
-        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-            out = hidden_states if state is None else state
-            return (out,) if tuples else out
+    def replaced(block: nn.Module, index: int) -> Callable[..., Any]:
+        original = block.forward
+        before, now = (sum(f < i for f in firsts) for i in (index, index + 1))
 
-        block.forward = forward
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not now:  # nobody yet: the states are passed on as they are
+                return (hidden_states,) if tuples else hidden_states
+            if now > before:
+                joined = hidden[index].to(hidden_states.dtype)
+                hidden_states = torch.cat([hidden_states[:before], joined]) if before else joined
+            if now < every:
+                args, kwargs = _of_rows(args, now, every), _of_rows(kwargs, now, every)
+            return original(hidden_states, *args, **kwargs)
+
+        return forward
 
     # Libraries that move weights between devices set a `forward` on the instance, too: it is put back.
-    own = [block.__dict__.get("forward") for block in skipped]
+    changed = [(i, block) for i, block in enumerate(blocks) if any(first >= i for first in firsts)]
+    own = [block.__dict__.get("forward") for _, block in changed]
     try:
-        for i, block in enumerate(skipped):
-            leave_out(block, hidden if i == len(skipped) - 1 else None)
+        for i, block in changed:
+            block.forward = replaced(block, i)
         yield
     finally:
-        for block, forward in zip(skipped, own, strict=True):
+        for (_, block), forward in zip(changed, own, strict=True):
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.__dict__["forward"] = forward
+
+
+def _of_rows(given: Any, now: int, every: int) -> Any:
+    """What a block is called with, for the first rows only: masks, positions and rotations that have a row for each."""
+    if isinstance(given, Tensor):
+        return given[:now] if given.ndim > 1 and given.shape[0] == every else given
+    if isinstance(given, (tuple, list)):
+        return type(given)(_of_rows(item, now, every) for item in given)
+    if isinstance(given, dict):
+        return {name: _of_rows(item, now, every) for name, item in given.items()}
+    return given

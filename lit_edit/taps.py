@@ -15,14 +15,14 @@ class _EnoughError(Exception):
 
 @contextmanager
 def read_inputs(
-    modules: dict[int, nn.Module], rows: int | None = None, stop: bool = False
+    modules: dict[int, nn.Module], tokens: int | None = None, stop: bool = False
 ) -> Iterator[dict[int, Tensor]]:
     """Collects each module's latest input under its key while the block runs; hooks are removed whatever happens.
 
     Args:
         modules: by key.
-        rows: texts in a batch; some models (OPT) flatten batch and sequence before the MLP, and with it their inputs
-            come out (rows, tokens, features) all the same.
+        tokens: length of a text in the batch; some models (OPT) flatten batch and sequence before the MLP, and with it
+            their inputs come out (rows, tokens, features) all the same.
         stop: end the forward pass, and with it the block, as soon as every module was seen: nothing after them is
             needed.
     """
@@ -32,7 +32,7 @@ def read_inputs(
         for key, module in modules.items():
 
             def hook(_: nn.Module, args: tuple[Any, ...], key: int = key) -> None:
-                seen[key] = _unflattened(args[0], rows)
+                seen[key] = _unflattened(args[0], tokens)
                 if stop and len(seen) == len(modules):
                     raise _EnoughError
 
@@ -46,12 +46,12 @@ def read_inputs(
 
 
 @contextmanager
-def read_outputs(modules: dict[int, nn.Module], rows: int | None = None) -> Iterator[dict[int, Tensor]]:
+def read_outputs(modules: dict[int, nn.Module], tokens: int | None = None) -> Iterator[dict[int, Tensor]]:
     """Collects each module's output under its key and ends the forward pass, and the block, with the last of them.
 
     Args:
         modules: by key.
-        rows: as for `read_inputs`.
+        tokens: as for `read_inputs`.
     """
     seen: dict[int, Tensor] = {}
 
@@ -65,21 +65,21 @@ def read_outputs(modules: dict[int, nn.Module], rows: int | None = None) -> Iter
         return look
 
     try:
-        with change_outputs({module: keep(key) for key, module in modules.items()}, rows):
+        with change_outputs({module: keep(key) for key, module in modules.items()}, tokens):
             yield seen
     except _EnoughError:
         pass
 
 
 @contextmanager
-def change_outputs(changes: dict[nn.Module, Callable[[Tensor], Tensor]], rows: int | None = None) -> Iterator[None]:
+def change_outputs(changes: dict[nn.Module, Callable[[Tensor], Tensor]], tokens: int | None = None) -> Iterator[None]:
     """Passes each module's output through a function while the block runs.
 
     Blocks of some `transformers` versions return a tuple whose first entry is the hidden state; the rest is kept.
 
     Args:
         changes: by module, a function of its output.
-        rows: as for `read_inputs`; the functions then see (rows, tokens, features) whatever the model does.
+        tokens: as for `read_inputs`; the functions then see (rows, tokens, features) whatever the model does.
     """
     handles = []
     try:
@@ -87,7 +87,7 @@ def change_outputs(changes: dict[nn.Module, Callable[[Tensor], Tensor]], rows: i
 
             def hook(_: nn.Module, __: Any, output: Any, change: Callable[[Tensor], Tensor] = change) -> Any:
                 state = output[0] if isinstance(output, tuple) else output
-                changed = change(_unflattened(state, rows)).reshape(state.shape)
+                changed = change(_unflattened(state, tokens)).reshape(state.shape)
                 return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
             handles.append(module.register_forward_hook(hook))
@@ -97,5 +97,5 @@ def change_outputs(changes: dict[nn.Module, Callable[[Tensor], Tensor]], rows: i
             handle.remove()
 
 
-def _unflattened(state: Tensor, rows: int | None) -> Tensor:
-    return state.unflatten(0, (rows, -1)) if rows is not None and state.ndim == 2 else state
+def _unflattened(state: Tensor, tokens: int | None) -> Tensor:
+    return state.unflatten(0, (-1, tokens)) if tokens is not None and state.ndim == 2 else state

@@ -101,9 +101,9 @@ def test_cut_passes_equal_complete_ones_or_are_not_offered(kind: str) -> None:
 
     last = batch.attention_mask.sum(1) - 1
     with torch.no_grad():
-        with change_outputs({parts[2].projection: shift(batch.subject_last)}, len(rows)):
+        with change_outputs({parts[2].projection: shift(batch.subject_last)}, batch.input_ids.shape[1]):
             whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        suffixes = cut(model, blocks, batch, [2])[2]
+        suffixes = cut(model, blocks, batch, [2]).select(range(len(rows)), [2] * len(rows))
         changes = {parts[2].projection: shift(torch.zeros_like(rows))}
         part = suffixes.logits(rows, last - batch.subject_last, changes)
     torch.testing.assert_close(part, whole[rows, last], rtol=1e-9, atol=1e-9)

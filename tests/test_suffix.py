@@ -38,15 +38,19 @@ def shifts(modules: list[nn.Module], column: Tensor, delta: Tensor) -> dict[nn.M
     return {module: adding(i) for i, module in enumerate(modules)}
 
 
+def everything(model: Any, blocks: list[nn.Module], batch: Any, first: int) -> Suffixes:
+    """All rows, all from one block on."""
+    rows = range(len(batch.input_ids))
+    return cut(model, blocks, batch, [first]).select(rows, [first] * len(rows))
+
+
 def both(
     workspace: Workspace, modules: list[nn.Module], first: int, chosen: list[int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits at every place from the changed token on, and their gradients: complete passes, then cut ones."""
     batch, model, blocks = rows_of(workspace), workspace.model, blocks_of(workspace)
-    suffixes: Suffixes = cut(model, blocks, batch, [first])[first]
     kept = list(range(len(batch.input_ids))) if chosen is None else chosen
-    if chosen is not None:
-        suffixes = suffixes.select(chosen)
+    suffixes: Suffixes = cut(model, blocks, batch, [first]).select(kept, [first] * len(kept))
     lengths = (batch.attention_mask.sum(1) - batch.subject_last)[kept]
     places = [(row, column) for row, n in enumerate(lengths.tolist()) for column in range(n)]
     rows, columns = torch.tensor(places).T
@@ -100,7 +104,7 @@ def test_the_model_is_left_as_it_was_whatever_happens(tiny) -> None:
     workspace = make_workspace(tiny)
     model, blocks, batch = workspace.model, blocks_of(workspace), rows_of(workspace)
     before = copy.deepcopy(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    suffixes = cut(model, blocks, batch, [2])[2]
+    suffixes = everything(model, blocks, batch, 2)
     at = torch.zeros(1, dtype=torch.long)
 
     def broken(_: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ def test_the_model_is_left_as_it_was_whatever_happens(tiny) -> None:
 def test_repeated_passes_do_not_add_to_what_was_kept(tiny) -> None:
     workspace = make_workspace(tiny)
     model, blocks, batch = workspace.model, blocks_of(workspace), rows_of(workspace)
-    suffixes = cut(model, blocks, batch, [1])[1]
+    suffixes = everything(model, blocks, batch, 1)
     rows, columns = torch.arange(len(suffixes)), torch.zeros(len(suffixes), dtype=torch.long)
     first = suffixes.logits(rows, columns, {})
     torch.testing.assert_close(suffixes.logits(rows, columns, {}), first, rtol=0, atol=0)
@@ -162,7 +166,7 @@ def test_blocks_that_return_tuples_are_answered_with_tuples(tiny) -> None:
     body.forward = forward
     blocks = list(getattr(body, name))
     batch = rows_of(workspace)
-    suffixes = cut(workspace.model, blocks, batch, [3])[3]
+    suffixes = everything(workspace.model, blocks, batch, 3)
     assert suffixes.tuples
     rows, columns = torch.arange(len(suffixes)), torch.zeros(len(suffixes), dtype=torch.long)
     part = suffixes.logits(rows, columns, {})
@@ -188,32 +192,69 @@ def test_what_cannot_be_cut_is_said_so(tiny, changes: dict[str, Any]) -> None:
     assert not supported(other, blocks)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("chosen", [None, [5, 1, 1]])
-def test_complete_passes_read_the_same_places(tiny, chosen: list[int] | None) -> None:
+@pytest.mark.parametrize("chosen", [list(range(16)), [5, 1, 1]])
+def test_complete_passes_read_the_same_places(tiny, chosen: list[int]) -> None:
     workspace = make_workspace(tiny)
     batch, blocks = rows_of(workspace), blocks_of(workspace)
-    complete, suffixes = CompletePasses(workspace.model, batch), cut(workspace.model, blocks, batch, [2])[2]
-    assert complete.changed.tolist() == batch.subject_last.tolist()
-    assert suffixes.changed.tolist() == [0] * len(suffixes)
     found = []
-    for passes in (complete, suffixes):
-        passes = passes if chosen is None else passes.select(chosen)
-        rows = torch.arange(len(passes.changed))
-        delta = torch.ones(1, len(rows), 32, dtype=torch.float64)
-        changes = shifts([workspace.architecture[2].projection], passes.changed, delta)
-        found.append(passes.logits(rows, torch.zeros_like(rows), changes))
+    for passes in (CompletePasses(workspace.model, batch), cut(workspace.model, blocks, batch, [2])):
+        taken = passes.select(chosen, [2] * len(chosen))
+        rows = torch.arange(len(chosen))
+        row, column = taken.places(rows)
+        delta = torch.ones(len(rows), 32, dtype=torch.float64)
+        changes = {workspace.architecture[2].projection: adding(row, column, delta)}
+        found.append(taken.logits(rows, torch.zeros_like(rows), changes))
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
 
 
-def test_one_complete_pass_serves_several_first_blocks(tiny) -> None:
+def adding(row: Tensor, column: Tensor, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda out: out.index_put((row, column), out[row, column] + delta.to(out.dtype))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 1, 3, 0], [3, 3, 2], [1, 1], [3, 0]])
+def test_rows_join_at_their_own_blocks(tiny, order: list[int]) -> None:
+    """Each row is changed from its own block on; what comes out is what each gives alone in a complete pass."""
+    workspace = make_workspace(tiny)
+    batch, blocks, model = rows_of(workspace), blocks_of(workspace), workspace.model
+    chosen = [(5 * i) % len(batch.input_ids) for i in range(len(order))]
+    delta = torch.randn(4, len(order), 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    delta.requires_grad_(True)
+    results = []
+    for passes in (CompletePasses(model, batch), cut(model, blocks, batch, order)):
+        taken = passes.select(chosen, order)
+        changes = {}
+        for layer in range(4):
+            mine = [i for i, first in enumerate(order) if first <= layer]
+            if mine:
+                row, column = taken.places(torch.tensor(mine))
+                changes[workspace.architecture[layer].projection] = adding(row, column, delta[layer, mine])
+        rows = torch.arange(len(order))
+        logits = taken.logits(rows.repeat(2), torch.cat([torch.zeros_like(rows), torch.ones_like(rows)]), changes)
+        results.append((logits, torch.autograd.grad(logits.square().sum(), delta)[0]))
+    for cut_, whole in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(cut_, whole, rtol=1e-9, atol=1e-9)
+
+
+def test_blocks_run_only_the_rows_that_take_part(tiny) -> None:
+    workspace = make_workspace(tiny)
+    batch, blocks, model = rows_of(workspace), blocks_of(workspace), workspace.model
+    taken = cut(model, blocks, batch, [1, 2, 3]).select([0, 1, 2, 3, 4], [3, 1, 2, 1, 3])
+    seen: list[tuple[int, int]] = []
+    handles = [
+        part.projection.register_forward_pre_hook(lambda _, args, i=i: seen.append((i, args[0].shape[0])))
+        for i, part in enumerate(workspace.architecture.layers)
+    ]
+    taken.logits(torch.arange(5), torch.zeros(5, dtype=torch.long), {})
+    for handle in handles:
+        handle.remove()
+    assert seen == [(1, 2), (2, 3), (3, 5)]
+
+
+def test_one_complete_pass_serves_all_blocks(tiny) -> None:
     workspace = make_workspace(tiny)
     batch, blocks, model = rows_of(workspace), blocks_of(workspace), workspace.model
     ran: list[int] = []
     handle = blocks[0].register_forward_hook(lambda *_: ran.append(0))
-    together = cut(model, blocks, batch, [0, 1, 3])
+    cut(model, blocks, batch, [0, 1, 3])
     handle.remove()
     assert ran == [0]
-    rows, columns = torch.arange(len(batch.input_ids)), torch.zeros(len(batch.input_ids), dtype=torch.long)
-    for first, suffixes in together.items():
-        alone = cut(model, blocks, batch, [first])[first]
-        torch.testing.assert_close(suffixes.logits(rows, columns, {}), alone.logits(rows, columns, {}), rtol=0, atol=0)

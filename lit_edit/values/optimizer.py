@@ -65,15 +65,14 @@ class _Texts:
     """Every row that the problems of an optimisation need, each once: problems of one request share theirs.
 
     ``rewriting`` and ``essence`` hold, per problem, which rows are its edit prompts in context (the bare one first),
-    and which is its row for the KL term, if there is one. ``passes`` runs them, from a first block each; ``track`` says
-    which of them serves a problem.
+    and which is its row for the KL term, if there is one; ``first`` is the first layer that it changes.
     """
 
     rows: list[Row]
     rewriting: list[list[int]]
     essence: list[int]
-    passes: dict[int, Passes]
-    track: list[int]
+    first: list[int]
+    passes: Passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,29 +93,6 @@ class _Round:
     of_row: Tensor
     slots: list[list[int]]  # per problem
     places: list[_Place]
-
-
-# Tokens that a pass should have, on a CPU and elsewhere: with fewer, reading the weights takes longer than computing
-# with them, and problems of different first layers are better off in one pass.
-WORTHWHILE = (64, 256)
-
-
-def _tracks(firsts: Sequence[int], sizes: Sequence[int], worthwhile: int) -> list[int]:
-    """For each problem the first block of the pass it takes part in: its own first layer or one below.
-
-    Args:
-        firsts: the first layer that each problem changes.
-        sizes: tokens that it adds to a pass.
-        worthwhile: tokens from which on a further pass is opened.
-    """
-    track: dict[int, int] = {}
-    start, tokens = -1, 0
-    for first in sorted(set(firsts)):
-        if start < 0 or tokens >= worthwhile:
-            start, tokens = first, 0
-        track[first] = start
-        tokens += sum(size for f, size in zip(firsts, sizes, strict=True) if f == first)
-    return [track[first] for first in firsts]
 
 
 class ValueOptimizer:
@@ -217,51 +193,38 @@ class ValueOptimizer:
             adam = torch.optim.Adam([free], lr=self.lr)
             loss_of, probability, steps_taken = [0.0] * n, [0.0] * n, [0] * n
             final, gradient = torch.zeros_like(starts), torch.zeros_like(starts)
-            rounds = self._rounds(workspace, list(range(n)), slots, texts)
+            round_ = self._round(workspace, list(range(n)), slots, texts)
             for step in range(stage.steps + 1):  # the last turn only evaluates: the reported loss is the value's own
                 delta = free * unit
                 with torch.set_grad_enabled(step < stage.steps):
-                    found = [self._losses(r, before, starts, delta) for r in rounds]
-                    losses = torch.cat([losses for losses, _ in found])
+                    losses, nll = self._losses(round_, before, starts, delta)
                     terms = [penalty(self._moved(starts, delta)) for penalty in penalties]
                     if stage.term is not None:
                         terms.append(stage.term(delta))
                     for term in terms:
-                        losses = losses + torch.stack([term[mine].sum() for r in rounds for mine in r.slots])
-                bare = torch.cat(
-                    [
-                        (-nll.detach()[r.bare] * r.lengths[r.bare]).exp()
-                        for (_, nll), r in zip(found, rounds, strict=True)
-                    ]
-                )
-                active = [p for r in rounds for p in r.active]
-                slots_of = [mine for r in rounds for mine in r.slots]
-                still: set[int] = set()
-                for p, mine, loss, chance in zip(active, slots_of, losses.tolist(), bare.tolist(), strict=True):
+                        losses = losses + torch.stack([term[mine].sum() for mine in round_.slots])
+                bare = (-nll.detach()[round_.bare] * round_.lengths[round_.bare]).exp()
+                still: list[int] = []
+                for p, mine, loss, chance in zip(
+                    round_.active, round_.slots, losses.tolist(), bare.tolist(), strict=True
+                ):
                     loss_of[p], probability[p], steps_taken[p] = loss, chance, step
                     if loss < self.stop_loss or step == stage.steps:
                         final[mine] = delta[mine].detach()
                     else:
-                        still.add(p)
+                        still.append(p)
                 if not still:
                     break
                 # Problems are independent: the sum's gradient is each one's own, and Adam works by coordinate. Not
                 # `backward`, which would leave gradients on weights that require them.
-                (slope,) = torch.autograd.grad(losses[[p in still for p in active]].sum(), free)
+                (slope,) = torch.autograd.grad(losses[[p in still for p in round_.active]].sum(), free)
                 gradient += slope / unit
                 free.grad = slope if stage.free is None else slope * stage.free
                 adam.step()
                 with torch.no_grad():
                     free.copy_(self.constraint.project(starts, free * unit) / unit)
-                rounds = [
-                    new
-                    for r in rounds
-                    for new in (
-                        [r]
-                        if still.issuperset(r.active)
-                        else self._rounds(workspace, [p for p in r.active if p in still], slots, texts)
-                    )
-                ]
+                if still != round_.active:
+                    round_ = self._round(workspace, still, slots, texts)
             taken = torch.tensor([max(1, steps_taken[p]) for p, _ in slots], device=starts.device)
             return Descent(final, gradient / taken[:, None], loss_of, probability, steps_taken)
 
@@ -341,42 +304,19 @@ class ValueOptimizer:
                 rows.append(workspace.essence_row(requests[i]))
         batch = workspace.prompter.collate(rows, workspace.device)
         blocks = [part.block for part in workspace.architecture.layers]
-        passes: dict[int, Passes] = {0: CompletePasses(workspace.model, batch)}
-        track = [0] * len(problems)
+        first = [min(p.layers) for p in problems]
+        passes: Passes = CompletePasses(workspace.model, batch)
         if not self.complete_passes and supported(workspace.model, blocks):
-            left = batch.attention_mask.sum(1) - batch.subject_last  # tokens that a row runs
-            size = [
-                sum(int(left[i]) for i in [*rewriting[p.request], *([essence[p.request]] if essence else [])])
-                for p in problems
-            ]
-            track = _tracks([min(p.layers) for p in problems], size, WORTHWHILE[workspace.device.type != "cpu"])
-            passes = {**cut(workspace.model, blocks, batch, sorted(set(track)))}
+            passes = cut(workspace.model, blocks, batch, first)
         return _Texts(
             rows,
             [rewriting[p.request] for p in problems],
             [essence[p.request] for p in problems] if self.kl_factor else [],
+            first,
             passes,
-            track,
         )
 
-    def _rounds(
-        self,
-        workspace: Workspace,
-        active: list[int],
-        slots: list[tuple[int, int]],
-        texts: _Texts,
-    ) -> list[_Round]:
-        """Lays out problems that are not done, those that share their passes together."""
-        shared: dict[int, list[int]] = {}
-        for p in active:
-            shared.setdefault(texts.track[p], []).append(p)
-        return [
-            self._round(workspace, mine, slots, texts, texts.passes[first]) for first, mine in sorted(shared.items())
-        ]
-
-    def _round(
-        self, workspace: Workspace, active: list[int], slots: list[tuple[int, int]], texts: _Texts, passes: Passes
-    ) -> _Round:
+    def _round(self, workspace: Workspace, active: list[int], slots: list[tuple[int, int]], texts: _Texts) -> _Round:
         """Lays out the rows: all contexts of all problems first, then one for the KL each."""
         device = workspace.device
         taken = [i for p in active for i in texts.rewriting[p]]
@@ -388,25 +328,26 @@ class ValueOptimizer:
         targets = [(r, t) for r, row in enumerate(rows) for t in range(row.target_start, len(row.ids))]
         read = [(r, t - 1 - rows[r].subject_last) for r, t in targets]
         read += [(len(rows) + e, len(row.ids) - 1 - row.subject_last) for e, row in enumerate(ends)]
-        chosen = passes.select(taken + [texts.essence[p] for p in active if texts.essence])
+        taken += [texts.essence[p] for p in active if texts.essence]
+        passes = texts.passes.select(taken, [texts.first[p] for p in owner])
         index = {slot: s for s, slot in enumerate(slots)}
         places = []
         for layer in sorted({layer for p, layer in slots if p in set(active)}):
             at = [r for r, p in enumerate(owner) if (p, layer) in index]
             part = workspace.architecture[layer]
-            row = torch.tensor(at, device=device)
+            row, position = passes.places(torch.tensor(at, device=device))
             places.append(
                 _Place(
                     module=part.block if self.site == "block" else part.projection,
                     bias=getattr(part.projection, "bias", None) if self.site == "mlp" else None,
                     row=row,
-                    position=chosen.changed[row],
+                    position=position,
                     slot=torch.tensor([index[owner[r], layer] for r in at], device=device),
                 )
             )
         return _Round(
             active=active,
-            passes=chosen,
+            passes=passes,
             sizes=sizes,
             bare=torch.tensor([sum(sizes[:i]) for i in range(len(active))], device=device),
             lengths=torch.tensor([len(row.ids) - row.target_start for row in rows], device=device),
@@ -439,7 +380,9 @@ def block_outputs(workspace: Workspace, requests: Sequence[EditRequest], layers:
     """Outputs of blocks at the subject's last token under the bare edit prompt: for each layer (d, n), float32."""
     rows = [workspace.prompter.row(r.prompt, r.target_new, r.subject, r.source).up_to_subject() for r in requests]
     batch = workspace.prompter.collate(rows, workspace.device)
-    with read_outputs({layer: workspace.architecture[layer].block for layer in layers}, len(rows)) as seen:
+    with read_outputs(
+        {layer: workspace.architecture[layer].block for layer in layers}, batch.input_ids.shape[1]
+    ) as seen:
         workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     at = torch.arange(len(rows), device=workspace.device)
     return {layer: seen[layer][at, batch.subject_last].float().T for layer in layers}
