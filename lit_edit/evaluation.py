@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_edit.metrics import TargetScores, target_scores
+from lit_edit.metrics import IGNORED, TargetScores, target_scores
 from lit_edit.prompts import Prompter, Row
 from lit_edit.requests import EditRequest
+from lit_edit.taps import logits_only_at
 
 TOKENS_PER_BATCH = 4096
 
@@ -35,8 +36,17 @@ def score_targets(model: nn.Module, prompter: Prompter, rows: Sequence[Row]) -> 
     parts: list[tuple[list[int], TargetScores]] = []
     for group in _batches([len(r.ids) for r in rows]):
         batch = prompter.collate([rows[i] for i in group], device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        parts.append((group, target_scores(logits, batch.labels)))
+        # The targets alone, each row's moved to the front behind a first column that nothing predicts.
+        of, at = (batch.labels != IGNORED).nonzero(as_tuple=True)
+        column = at - (batch.labels != IGNORED).int().argmax(1)[of] + 1
+        with logits_only_at(model, of, at - 1):
+            found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[0]
+        longest = int(column.max())
+        targets = torch.full((len(group), longest + 1), IGNORED, device=device)
+        targets[of, column] = batch.labels[of, at]
+        logits = found.new_zeros(len(group), longest + 1, found.shape[-1])
+        logits[of, column - 1] = found
+        parts.append((group, target_scores(logits, targets)))
     order = torch.tensor([i for group, _ in parts for i in group])
     fields = (torch.cat([score[f].cpu() for _, score in parts]) for f in range(4))
     return TargetScores(*(_in_order(values, order) for values in fields))
@@ -70,15 +80,17 @@ def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_token
         ids, mask, cache = ids.to(device), mask.to(device), None
         going = [i for i in group if max_new_tokens[i] > 0]
         while going:
-            found = model(
-                input_ids=ids,
-                attention_mask=mask,
-                # The masked places must not count: absolute positions would shift.
-                position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache, ids = found.past_key_values, found.logits[:, -1:].argmax(-1)
+            every = torch.arange(len(group), device=device)
+            with logits_only_at(model, every, torch.full_like(every, ids.shape[1] - 1)):
+                found = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    # The masked places must not count: absolute positions would shift.
+                    position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            cache, ids = found.past_key_values, found.logits[0].argmax(-1)[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             token = dict(zip(group, ids[:, 0].tolist(), strict=True))
             going = [i for i in going if token[i] != eos]

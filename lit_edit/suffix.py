@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lit_edit.prompts import Batch
-from lit_edit.taps import change_outputs
+from lit_edit.taps import change_outputs, logits_only_at, output_embeddings
 
 
 class _Kept(DynamicLayer):
@@ -108,7 +108,7 @@ class CompletePasses(Passes):
         """By one complete pass; the head sees only the places to read."""
         ids, mask = self.batch.input_ids, self.batch.attention_mask
         at = self.batch.subject_last[rows] + columns
-        with change_outputs(changes, ids.shape[1]), _reading(self.model, rows, at):
+        with change_outputs(changes, ids.shape[1]), logits_only_at(self.model, rows, at):
             found: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return found[0]
 
@@ -190,7 +190,7 @@ class Suffixes(Passes):
         cache = Cache(layers=[_Kept(k, v) for k, v in self.past])
         with (
             change_outputs(changes, self.ids.shape[1]),
-            _reading(self.model, self.rank[rows], columns),
+            logits_only_at(self.model, self.rank[rows], columns),
             _joining(self.blocks, self.firsts, self.hidden, self.tuples),
         ):
             found: Tensor = self.model(
@@ -215,13 +215,7 @@ def supported(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
         return False
     kinds = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None) if kinds is None else set(kinds) != {"full_attention"}
-    return not window and len(blocks) > 0 and _head(model) is not None
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """The output embeddings, whose input are the last hidden states."""
-    find: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    return None if find is None else find()
+    return not window and len(blocks) > 0 and output_embeddings(model) is not None
 
 
 @torch.no_grad()
@@ -252,7 +246,7 @@ def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, firsts: Seq
     starts = batch.subject_last
     nowhere = torch.zeros(1, dtype=torch.long, device=starts.device)
     try:
-        with _reading(model, nowhere, nowhere):  # logits are not needed, one place is the least there is
+        with logits_only_at(model, nowhere, nowhere):  # logits are not needed, one place is the least there is
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache, use_cache=True)
     finally:
         for handle in handles:
@@ -283,23 +277,6 @@ def _filled(cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
     """The keys and values of every block."""
     for layer in cache.layers:
         yield layer.keys, layer.values  # type: ignore[union-attr,misc]
-
-
-@contextmanager
-def _reading(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Lets the head see only some places of the hidden states, as one row: logits come out (1, n, vocabulary)."""
-
-    def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][rows, columns][None], *args[1:])
-
-    head = _head(model)
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: it gives no logits.")
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -97,5 +97,39 @@ def change_outputs(changes: dict[nn.Module, Callable[[Tensor], Tensor]], tokens:
             handle.remove()
 
 
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The head, whose input are the last hidden states; None if the model has none."""
+    find: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
+
+
+@contextmanager
+def logits_only_at(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Lets the head see only some places of the hidden states: logits come out as (1, n, vocabulary).
+
+    Over a large vocabulary logits take more memory than all the rest of a pass, and most of them nobody reads.
+
+    Args:
+        model: a causal language model.
+        rows: (n,), of the places to read.
+        columns: (n,), likewise.
+
+    Raises:
+        ValueError: if the model has no head.
+    """
+
+    def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][rows, columns][None], *args[1:])
+
+    head = output_embeddings(model)
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: it gives no logits.")
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _unflattened(state: Tensor, tokens: int | None) -> Tensor:
     return state.unflatten(0, (-1, tokens)) if tokens is not None and state.ndim == 2 else state
