@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-slow lint bench compare card world clean
+.PHONY: run test test-slow lint bench compare results card world clean
 
 # torch comes first: with it installed, no other package asks for a build with GPU libraries.
 $(READY): pyproject.toml constraints.txt
@@ -32,7 +32,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/edit_speed.py $(ARGS)
 
 compare: $(READY)
-	$(BIN)/python train.py compare --configs mose rome memit alphaedit $(ARGS)
+	$(BIN)/python train.py compare $(ARGS)
+
+# The table and figure of docs/RESULTS.md: every method, on edits that no setting was chosen on (seed 1).
+results: $(READY)
+	$(BIN)/python train.py compare --n_edits 200 --at 25 50 100 200 --seeds 1 --jobs 2 --downstream.n_items=50 \
+		--out runs/results --figure docs/all-methods.png $(ARGS)
 
 card: $(READY)
 	$(BIN)/python -m lit_edit.world.card $(ARGS)

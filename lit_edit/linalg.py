@@ -77,14 +77,39 @@ def orthogonality_error(q: Tensor) -> float:
     return float(gram.abs().max())
 
 
-def solve_spd(a: Tensor, b: Tensor) -> Tensor:
-    """Solve ``A X = B`` for a symmetric positive definite ``A`` by Cholesky factorisation.
+def cholesky_spd(a: Tensor) -> Tensor:
+    """Lower Cholesky factor of a symmetric positive definite ``(p, p)`` matrix, in float64.
 
     Nothing is added to the diagonal: a matrix that is singular to the accuracy of float64 is an error, because a hidden
     jitter would decide the size of an edit.
 
     Args:
         a: ``(p, p)``; only its lower triangle is read.
+
+    Raises:
+        ValueError: if it is not square or a value is not finite.
+        NotPositiveDefiniteError: if it is not positive definite, with what to do about it.
+    """
+    a = _double_square(a, "The matrix of a linear system")
+    factor, info = torch.linalg.cholesky_ex(a)
+    pivot = int(info)
+    # Rounding lets the factorisation of a singular matrix run through with pivots of pure noise: refuse those too.
+    smallest, largest = float(factor.diagonal().min() ** 2), float(a.diagonal().max())
+    if pivot or not smallest > len(a) * _EPS * largest:
+        where = f"the factorisation stopped at row {pivot}" if pivot else f"its smallest pivot is {smallest:.1e}"
+        raise NotPositiveDefiniteError(
+            f"The {len(a)}x{len(a)} matrix to invert is not positive definite: {where}, its largest diagonal entry is "
+            f"{largest:.1e}. Gather the key covariance over more tokens than its {len(a)} dimensions, or raise the "
+            "ridge or preservation weight of the solver."
+        )
+    return factor
+
+
+def solve_spd(a: Tensor, b: Tensor) -> Tensor:
+    """Solve ``A X = B`` for a symmetric positive definite ``A`` by Cholesky factorisation.
+
+    Args:
+        a: ``(p, p)``, as for `cholesky_spd`.
         b: ``(p, n)``.
 
     Returns:
@@ -98,18 +123,7 @@ def solve_spd(a: Tensor, b: Tensor) -> Tensor:
     b = _double_matrix(b, "The right-hand side of a linear system")
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"A linear system of size {a.shape[0]} has a right-hand side of shape {tuple(b.shape)}.")
-    factor, info = torch.linalg.cholesky_ex(a)
-    pivot = int(info)
-    # Rounding lets the factorisation of a singular matrix run through with pivots of pure noise: refuse those too.
-    smallest, largest = float(factor.diagonal().min() ** 2), float(a.diagonal().max())
-    if pivot or not smallest > len(a) * _EPS * largest:
-        where = f"the factorisation stopped at row {pivot}" if pivot else f"its smallest pivot is {smallest:.1e}"
-        raise NotPositiveDefiniteError(
-            f"The {len(a)}x{len(a)} matrix to invert is not positive definite: {where}, its largest diagonal entry is "
-            f"{largest:.1e}. Gather the key covariance over more tokens than its {len(a)} dimensions, or raise the "
-            "ridge or preservation weight of the solver."
-        )
-    return torch.cholesky_solve(b, factor)
+    return torch.cholesky_solve(b, cholesky_spd(a))
 
 
 def check_null_space_choice(threshold: float | None, energy: float | None) -> None:

@@ -78,6 +78,10 @@ class AlphaEdit(Solver):
         """
         self._projector(covariance, layer, device)
 
+    def kept_size(self, d: int, p: int) -> int:
+        """The projector."""
+        return p * p
+
     def projector(self, problem: Problem) -> Tensor:
         """``P (p, p)`` in float64 for the problem's layer, computed once per covariance.
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_edit.linalg import NotPositiveDefiniteError, solve_spd
+from lit_edit.solvers.kept import KeptGram
 from lit_edit.updates import Update
 
 
@@ -116,6 +118,7 @@ class Solver(ABC):
 
     def __init__(self, memory: bool) -> None:
         self.use_memory = memory
+        self._grams: dict[str, KeptGram] = {}
 
     @abstractmethod
     def solve(self, problem: Problem) -> Update:
@@ -139,6 +142,10 @@ class Solver(ABC):
             device: where its weight lies.
         """
 
+    def kept_size(self, d: int, p: int) -> int:
+        """How many float64 numbers are kept between edits for a layer with ``W (d, p)``; for estimates of memory."""
+        return 0
+
     def state_dict(self) -> dict[str, Tensor]:
         """What later solutions depend on, to the last bit, besides their problems."""
         return {}
@@ -151,6 +158,33 @@ class Solver(ABC):
         if self.use_memory and problem.memory is not None:
             return problem.memory
         return problem.keys[:, :0]
+
+    def preserved(self, problem: Problem, preservation: float) -> KeptGram:
+        """``λ C + M Mᵀ`` of the problem's layer, ready to solve systems with; kept from edit to edit.
+
+        Raises:
+            ValueError: if the covariance is missing.
+            NotPositiveDefiniteError: if it is singular.
+        """
+        covariance, remembered = self.covariance(problem), self.remembered(problem)
+        kept = self._grams.get(problem.layer)
+        if kept is None or not kept.belongs_to(covariance, preservation, remembered):
+            kept = KeptGram.of(covariance, preservation, problem.keys)
+        kept = self._grams[problem.layer] = kept.with_all(remembered)
+        return kept
+
+    def whitened_keys(self, problem: Problem, preservation: float) -> Tensor:
+        """``(λ C + M Mᵀ)⁻¹ K``, ``(p, n)``.
+
+        Raises:
+            ValueError: if the covariance is missing.
+            NotPositiveDefiniteError: if the matrix is singular.
+        """
+        try:
+            return self.preserved(problem, preservation).solve(problem.keys)
+        except NotPositiveDefiniteError:  # few tokens leave C singular; remembered keys may make the sum definite
+            gram = preserved_gram(self.covariance(problem), self.remembered(problem), preservation)
+            return solve_spd(gram, problem.keys)
 
     def covariance(self, problem: Problem) -> Tensor:
         """The key covariance ``(p, p)`` of the problem, exactly the tensor it was given.

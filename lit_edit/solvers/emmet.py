@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.linalg import solve_spd
-from lit_edit.solvers.base import Problem, Solver, check_positive, preserved_gram
+from lit_edit.solvers.base import Problem, Solver, check_positive
 from lit_edit.updates import LowRank
 
 # Of the keys' Gram matrix in G⁻¹, scaled to a unit diagonal: with less, two facts stand on what float32 rounding left
@@ -38,6 +38,10 @@ class EMMET(Solver):
         self.preservation = check_positive(preservation, "EMMET's preservation")
         self.ridge = check_positive(ridge, "EMMET's ridge") if ridge else 0.0
 
+    def kept_size(self, d: int, p: int) -> int:
+        """The factor of the key covariance."""
+        return p * p
+
     @torch.no_grad()
     def solve(self, problem: Problem) -> LowRank:
         """The update, of rank ``n`` at most.
@@ -49,8 +53,7 @@ class EMMET(Solver):
         keys = problem.keys
         if not keys.any(dim=0).all():
             raise ValueError(f"A key of layer {problem.layer!r} is zero: no change of the weight can move its output.")
-        gram = preserved_gram(self.covariance(problem), self.remembered(problem), self.preservation)
-        whitened = solve_spd(gram, keys)
+        whitened = self.whitened_keys(problem, self.preservation)
         inner = keys.T @ whitened
         inner = (inner + inner.T) / 2
         inner.diagonal().add_(self.ridge)

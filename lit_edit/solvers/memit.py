@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lit_edit.linalg import solve_spd
+from lit_edit.linalg import NotPositiveDefiniteError, solve_spd
 from lit_edit.solvers.base import Problem, Solver, check_positive, preserved_gram
 from lit_edit.updates import LowRank
 
@@ -29,6 +29,10 @@ class MEMIT(Solver):
         super().__init__(memory)
         self.preservation = check_positive(preservation, "MEMIT's preservation")
 
+    def kept_size(self, d: int, p: int) -> int:
+        """The factor of the key covariance."""
+        return p * p
+
     @torch.no_grad()
     def solve(self, problem: Problem) -> LowRank:
         """The update, of rank ``n`` at most.
@@ -37,6 +41,15 @@ class MEMIT(Solver):
             ValueError: if the covariance is missing.
             NotPositiveDefiniteError: if the matrix to invert is singular.
         """
-        gram = preserved_gram(self.covariance(problem), self.remembered(problem), self.preservation)
-        gram.addmm_(problem.keys, problem.keys.T)
-        return LowRank(left=problem.residual, right=solve_spd(gram, problem.keys).T)
+        keys, remembered = problem.keys, self.remembered(problem)
+        try:
+            # (G + K Kᵀ)⁻¹ K = G⁻¹ K (I + Kᵀ G⁻¹ K)⁻¹ with G = λ C + M Mᵀ.
+            whitened = self.preserved(problem, self.preservation).solve(keys)
+        except NotPositiveDefiniteError:
+            # Few tokens leave G singular; the keys themselves may still make the sum definite.
+            gram = preserved_gram(self.covariance(problem), remembered, self.preservation)
+            return LowRank(left=problem.residual, right=solve_spd(gram.addmm_(keys, keys.T), keys).T)
+        inner = keys.T @ whitened
+        inner = (inner + inner.T) / 2
+        inner.diagonal().add_(1.0)
+        return LowRank(left=problem.residual, right=solve_spd(inner, whitened.T))

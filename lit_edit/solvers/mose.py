@@ -81,6 +81,10 @@ class MOSE(Solver):
         self._carried[problem.layer] = carried.after(update)
         return update
 
+    def kept_size(self, d: int, p: int) -> int:
+        """The eigenvectors, and what stands beside them; none with ``method="svd"``."""
+        return 0 if self.method == "svd" else d * (d + max(FOLD_AT, d // 16))
+
     def _gram(self, weight: Tensor, covariance: Tensor, remembered: Tensor) -> Tensor:
         """``λ W C Wᵀ + (W M)(W M)ᵀ``, ``(d, d)``."""
         outputs = weight @ remembered

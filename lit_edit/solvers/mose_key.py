@@ -102,6 +102,10 @@ class MOSEKey(Solver):
         solution = procrustes_near_identity(kept.preserved, wanted, keys)
         return ThinKeyRotation(solution.basis, solution.turn)
 
+    def kept_size(self, d: int, p: int) -> int:
+        """The eigenvectors, and what stands beside them; none with ``method="svd"``."""
+        return 0 if self.method == "svd" else p * (p + FOLD_AT)
+
 
 @dataclass(frozen=True, eq=False)
 class _Kept:

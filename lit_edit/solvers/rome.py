@@ -37,6 +37,10 @@ class ROME(Solver):
         self.needs_covariance = covariance
         self.preservation = check_positive(preservation, "ROME's preservation")
 
+    def kept_size(self, d: int, p: int) -> int:
+        """The factor of the key covariance."""
+        return p * p if self.needs_covariance else 0
+
     def check_batch_size(self, batch_size: int) -> None:
         """Refuses batches of several requests."""
         if batch_size != 1:
@@ -61,7 +65,7 @@ class ROME(Solver):
             )
         memory = self.remembered(problem)
         if self.needs_covariance:
-            u = solve_spd(preserved_gram(self.covariance(problem), memory, self.preservation), key)
+            u = self.whitened_keys(problem, self.preservation)
         elif memory.shape[1]:
             identity = torch.eye(len(key), dtype=torch.float64, device=key.device)
             u = solve_spd(preserved_gram(identity, memory, self.preservation), key)
