@@ -18,8 +18,9 @@ import torch
 from lit_edit.datamodules import CounterFactDataModule
 
 from lit_edit.api import load_editor
+from lit_edit.corpora import load_corpus
 from lit_edit.keys import MeanKey, compute_keys
-from lit_edit.loading import load_corpus, load_model
+from lit_edit.loading import load_model
 from lit_edit.session import EditSession
 from lit_edit.solvers import MEMIT, MOSE, ROME, AlphaEdit, Problem
 from lit_edit.values import ValueProblem

@@ -22,6 +22,12 @@ class Exporting(Protocol):
     def export(self, folder: str | Path) -> None:
         """Writes the model into a folder."""
 
+    def keep_originals(self) -> None:
+        """Has the weights kept that edits will touch."""
+
+    def export_delta(self, path: str | Path) -> object:
+        """Writes what the edits changed into a file."""
+
 
 class ExportModel(Callback):
     """Writes the edited model (as `transformers` loads it) and ``edits.jsonl`` when a fit ends.
@@ -29,12 +35,20 @@ class ExportModel(Callback):
     Args:
         dirpath: the model's folder; ``model`` in the run's log directory if None.
         model: whether to write the model; ``edits.jsonl`` is written in any case.
+        delta: whether to write ``delta.safetensors`` into the log directory, which turns the original model into the
+            edited one, bit by bit (`lit_edit.load_delta`). The weights that edits may touch are kept twice meanwhile.
     """
 
-    def __init__(self, dirpath: str | None = None, model: bool = True) -> None:
+    def __init__(self, dirpath: str | None = None, model: bool = True, delta: bool = False) -> None:
         super().__init__()
         self.dirpath = dirpath
         self.model = model
+        self.delta = delta
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.delta and trainer.is_global_zero:
+            cast(Exporting, pl_module).keep_originals()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,6 +59,8 @@ class ExportModel(Callback):
         module = cast(Exporting, pl_module)
         if self.model:
             module.export(folder)
+        if self.delta:
+            module.export_delta(root / "delta.safetensors")
         module.journal.write(root / "edits.jsonl")
         where = f"Edited model: {folder}   " if self.model else ""
         rank_zero_info(f"{where}edits: {root / 'edits.jsonl'}   results: {root / 'results.json'}")

@@ -44,11 +44,22 @@ def matrix_figures(weight: Tensor) -> dict[str, float]:
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"A matrix with at least one entry is needed, the shape is {tuple(weight.shape)}.")
+    return _figures(weight, _spectrum(weight))
+
+
+def _spectrum(weight: Tensor) -> Tensor:
+    """Singular values in float64, on the CPU; all NaN for a matrix with an entry that is not finite."""
+    matrix = _in_double(weight)
+    if not bool(torch.isfinite(matrix).all()):
+        return torch.full((min(matrix.shape),), math.nan, dtype=torch.float64)
+    return torch.linalg.svdvals(matrix).cpu()
+
+
+def _figures(weight: Tensor, singular_values: Tensor) -> dict[str, float]:
     matrix = _in_double(weight)
     names = ("frobenius_norm", "l1_norm", "spectral_norm", "smallest_singular_value", "condition_number")
-    if not bool(torch.isfinite(matrix).all()):
+    if bool(singular_values.isnan().any()):
         return dict.fromkeys(names, math.nan)
-    singular_values = torch.linalg.svdvals(matrix)
     largest, smallest = singular_values[0].item(), singular_values[-1].item()
     condition = largest / smallest if smallest > 0 else math.inf
     frobenius, l1 = torch.linalg.norm(matrix).item(), matrix.abs().sum().item()
@@ -71,19 +82,43 @@ def relative_drift(weight: Tensor, reference: Tensor) -> float:
     if weight.shape != reference.shape:
         raise ValueError(f"The shapes differ: {tuple(weight.shape)} and {tuple(reference.shape)}.")
     now = _in_double(weight)
-    start = _in_double(reference.to(now.device))
+    return _relative_distance(now, _in_double(reference.to(now.device)))
+
+
+def spectrum_drift(weight: Tensor, reference: Tensor) -> float:
+    """How far the singular values have moved: ``‖σ(weight) − σ(reference)‖₂ / ‖σ(reference)‖₂``, in float64.
+
+    Never more than `relative_drift` (Mirsky 1960), and 0 for a matrix that was turned: what is left after rotations is
+    the rounding of the weights' dtype, of every edit so far.
+
+    Args:
+        weight: shape ``(d_out, d_in)``.
+        reference: the same shape, on any device.
+
+    Returns:
+        The ratio, NaN where one of the two has an entry that is not finite.
+
+    Raises:
+        ValueError: if the shapes differ or are no matrix's.
+    """
+    if weight.shape != reference.shape or weight.ndim != 2:
+        raise ValueError(f"Two matrices of one shape are needed, not {tuple(weight.shape)}, {tuple(reference.shape)}.")
+    return _relative_distance(_spectrum(weight), _spectrum(reference))
+
+
+def _relative_distance(now: Tensor, start: Tensor) -> float:
     moved, size = torch.linalg.norm(now - start).item(), torch.linalg.norm(start).item()
-    if size > 0:
-        return moved / size
+    if size > 0 or math.isnan(moved):
+        return moved / size if size else math.nan
     return 0.0 if moved == 0 else math.inf
 
 
 class MatrixStability(EveryNEdits):
     """Logs norms, conditioning and drift of weight matrices every N edits.
 
-    For every matrix the figures of `matrix_figures` and `relative_drift`, as ``stability/<parameter>/<figure>``, and
-    over all of them ``stability/worst_condition_number``, ``stability/mean_frobenius_norm`` and
-    ``stability/mean_relative_drift``.
+    For every matrix the figures of `matrix_figures`, `relative_drift` and `spectrum_drift`, as
+    ``stability/<parameter>/<figure>``, and over all of them ``stability/worst_condition_number``,
+    ``stability/worst_spectrum_drift``, ``stability/mean_frobenius_norm`` and ``stability/mean_relative_drift``.
 
     Drift is measured from the weights before the first edit. A copy of them is kept on the CPU and saved in
     checkpoints, so a resumed run goes on measuring from there; checkpoints grow by the size of the watched matrices.
@@ -120,6 +155,7 @@ class MatrixStability(EveryNEdits):
             raise ValueError("parameters is an empty list; leave it out to watch the edited matrices.")
         self.parameters = parameters
         self._reference: dict[str, Tensor] = {}
+        self._spectra: dict[str, Tensor] = {}  # of the reference
 
     @property
     @override
@@ -130,7 +166,7 @@ class MatrixStability(EveryNEdits):
     @override
     def reset(self) -> None:
         super().reset()
-        self._reference = {}
+        self._reference, self._spectra = {}, {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,14 +186,19 @@ class MatrixStability(EveryNEdits):
         tagged: dict[str, float] = {}
         by_figure: dict[str, list[float]] = {}
         for name, weight in self._select(pl_module).items():
-            figures = matrix_figures(weight)
+            spectrum = _spectrum(weight)
+            if name not in self._spectra:
+                self._spectra[name] = _spectrum(self._reference[name])
+            figures = _figures(weight, spectrum)
             figures["relative_drift"] = relative_drift(weight, self._reference[name])
+            figures["spectrum_drift"] = _relative_distance(spectrum, self._spectra[name])
             for figure, value in figures.items():
                 tagged[f"stability/{name}/{figure}"] = value
                 by_figure.setdefault(figure, []).append(value)
         # Through tensors, because Python's `max` loses a NaN unless it comes first.
         over_all = {figure: torch.tensor(values, dtype=torch.float64) for figure, values in by_figure.items()}
         tagged["stability/worst_condition_number"] = over_all["condition_number"].max().item()
+        tagged["stability/worst_spectrum_drift"] = over_all["spectrum_drift"].max().item()
         tagged["stability/mean_frobenius_norm"] = over_all["frobenius_norm"].mean().item()
         tagged["stability/mean_relative_drift"] = over_all["relative_drift"].mean().item()
         return tagged
@@ -170,6 +211,7 @@ class MatrixStability(EveryNEdits):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._reference = {name: weight.cpu() for name, weight in state_dict["reference"].items()}
+        self._spectra = {}
 
     def _select(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """The matrices to watch, by name. Looked up anew each time: a module may replace a parameter object."""

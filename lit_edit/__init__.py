@@ -1,6 +1,7 @@
 """Sequential knowledge editing of language models as ordinary PyTorch Lightning."""
 
 from lit_edit.api import edit, load_editor
+from lit_edit.delta import load_delta
 from lit_edit.evaluation import LocalityReference, evaluate
 from lit_edit.journal import Edit, Journal
 from lit_edit.loading import load_model
@@ -17,6 +18,7 @@ __all__ = [
     "RequestError",
     "edit",
     "evaluate",
+    "load_delta",
     "load_editor",
     "load_model",
 ]

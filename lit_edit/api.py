@@ -9,10 +9,12 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from lit_edit.architectures import Family
 from lit_edit.configuration import read_config
+from lit_edit.corpora import load_corpus
 from lit_edit.editors import Editor
 from lit_edit.journal import Journal
-from lit_edit.loading import EMBEDDED, load_corpus
+from lit_edit.loading import EMBEDDED
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
 
@@ -45,6 +47,7 @@ def edit(
     corpus_tokens: int = 50_000,
     cache_dir: str | Path | None = None,
     seed: int = 0,
+    family: Family | None = None,
 ) -> tuple[nn.Module, Journal]:
     """Edits a model, one batch of requests after another.
 
@@ -58,6 +61,7 @@ def edit(
         corpus_tokens: at most so many of their tokens.
         cache_dir: where covariances are kept; the user's cache folder if None.
         seed: of the sampled contexts.
+        family: where a model of an unknown kind keeps its parts; the error about such a model proposes one.
 
     Returns:
         The edited model (the same object) and the record of edits.
@@ -85,6 +89,7 @@ def edit(
         corpus_tokens=corpus_tokens,
         cache_dir=cache_dir,
         seed=seed,
+        family=family,
     )
     session.check(requests, batch_size)
     for first in range(0, len(requests), batch_size):

@@ -1,6 +1,7 @@
 """The command line: LightningCLI with editing's defaults, configurations found by name, errors in one line.
 
-``fit`` is Lightning's own, for one run; ``compare`` is `lit_edit.comparison`, which calls ``fit`` for many.
+``fit`` is Lightning's own, for one run; ``compare`` is `lit_edit.comparison`, which calls ``fit`` for many; ``export``
+and ``ask`` are `lit_edit.commands`, for what a run has made.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
+from lit_edit import comparison
+from lit_edit.architectures import Architecture
 from lit_edit.callbacks import (
     DownstreamEval,
     EditCheckpoint,
@@ -30,18 +35,34 @@ from lit_edit.callbacks import (
     ResultsTable,
     Retention,
 )
-from lit_edit.comparison import SUMMARY
-from lit_edit.comparison import main as compare
+from lit_edit.commands import ask, dry_run, export
 from lit_edit.configuration import find_config, read_config
-from lit_edit.datamodules import EditDataModule
+from lit_edit.datamodules import EditDataModule, FactsDataModule
 from lit_edit.editors import Editor, LocateThenEdit
 from lit_edit.layers import FixedLayers
 from lit_edit.messages import one_line, readable
 from lit_edit.module import LitEdit
 from lit_edit.results import ResultsLogger
+from lit_edit.review import review, review_line
 from lit_edit.values import Plain
 
 TRACEBACK = "LIT_EDIT_TRACEBACK"
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A command beside ``fit``: what runs it, a line for the list of commands, and how it is called."""
+
+    main: Callable[[Sequence[str]], int]
+    summary: str
+    example: str
+
+
+_COMMANDS = {
+    "compare": _Command(comparison.main, comparison.SUMMARY, "train.py compare --configs mose rome"),
+    "export": _Command(export.main, export.SUMMARY, "train.py export --run runs/mose/version_0 --out edited-model"),
+    "ask": _Command(ask.main, ask.SUMMARY, 'train.py ask --run runs/mose/version_0 "The capital of France is"'),
+}
 
 
 def _resolve(args: Sequence[str]) -> tuple[list[str], str | None]:
@@ -77,6 +98,7 @@ class EditCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         _quiet()
+        self.console = Console(highlight=False)
         given = list(sys.argv[1:] if args is None else args)
         resolved, self.run_name = _resolve(given)
         super().__init__(
@@ -106,13 +128,16 @@ class EditCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         # Listed only: `main` hands it over before anything is parsed here.
         if parser._subcommands_action is not None:
-            parser._subcommands_action.add_subcommand("compare", ArgumentParser(exit_on_error=False), help=SUMMARY)
+            for name, command in _COMMANDS.items():
+                below = ArgumentParser(exit_on_error=False)
+                parser._subcommands_action.add_subcommand(name, below, help=command.summary)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the resolved arguments, without Lightning's warning that they are not those of the process."""
         self.config = parser.parse_args(list(args or ()))
-        if self.config.subcommand == "compare":
-            raise ValueError("`compare` comes first: train.py compare --configs mose rome.")
+        if self.config.subcommand in _COMMANDS:
+            name = self.config.subcommand
+            raise ValueError(f"`{name}` comes first: {_COMMANDS[name].example}.")
 
     def _parse_ckpt_path(self) -> None:
         try:
@@ -127,12 +152,37 @@ class EditCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """``--retention.*``, ``--stability.*``, ``--downstream.*``, ``--checkpoint.*``, ``--export.*``."""
+        """``--dry_run``, and ``--retention.*``, ``--stability.*`` and so on for the callbacks."""
+        parser.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="say what the facts are to the model, and what memory and time the run needs; edit and write nothing",
+        )
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(MatrixStability, "stability")
         parser.add_lightning_class_args(DownstreamEval, "downstream")
         parser.add_lightning_class_args(EditCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportModel, "export")
+
+    @property
+    def dry(self) -> bool:
+        """Whether nothing is to be edited or written."""
+        return bool(self._get(self.config, "dry_run"))
+
+    def before_instantiate_classes(self) -> None:
+        """In a dry run, the memory: before the model takes it."""
+        self.foreseen: dry_run.Foreseen | None = None
+        if self.dry:
+            self.foreseen = dry_run.foresee(self.config[self.subcommand].as_dict(), self.console)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        Architecture(self.model.model, self.model.family)  # a model of an unknown kind is refused before it is asked
+        if not self.dry:
+            super()._run_subcommand(subcommand)
+            return
+        retention = next((c for c in self.trainer.callbacks if isinstance(c, Retention)), None)  # type: ignore[attr-defined]
+        device = self.trainer.strategy.root_device
+        dry_run.rehearse(self.model, self.datamodule, retention, device, self.foreseen, self.console)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """TensorBoard under ``runs/<configuration>`` unless told otherwise; ``results.json`` beside it always.
@@ -140,7 +190,9 @@ class EditCLI(LightningCLI):
         A run resumed from a checkpoint there goes on in the same folder, so that its results stay in one file.
         """
         config = self._get(self.config_init, "trainer", default={})
-        if config.get("logger") in (None, True):
+        if self.dry:
+            kwargs["logger"] = False
+        elif config.get("logger") in (None, True):
             root, name = config.get("default_root_dir") or "runs", self.run_name or "edit"
             version = _version_of(self._get(self.config_init, "ckpt_path"), Path(root, name))
             kwargs["logger"] = TensorBoardLogger(root, name=name, version=version)
@@ -150,7 +202,7 @@ class EditCLI(LightningCLI):
             raise ValueError(f"trainer: {one_line(str(error))}") from error
         if _wants_bar(trainer):
             trainer.callbacks.insert(0, EditProgressBar())  # type: ignore[attr-defined]
-        trainer.callbacks.append(ResultsTable())  # type: ignore[attr-defined]
+        trainer.callbacks += [_FactsReview(), ResultsTable()]  # type: ignore[attr-defined]
         if trainer.loggers:
             trainer.loggers = [*trainer.loggers, ResultsLogger(trainer.log_dir or "runs")]
         return trainer
@@ -182,6 +234,18 @@ class EditCLI(LightningCLI):
                         "evaluation": {"definition": "exact_match", "curve": "retention", "locality": "unedited model"},
                     }
                 )
+
+
+class _FactsReview(Callback):
+    """Says in one line, before the first edit, what of a user's own file deserves a look."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if not (isinstance(pl_module, LitEdit) and isinstance(data, FactsDataModule) and trainer.is_global_zero):
+            return
+        if not pl_module.edits_applied:
+            model: Any = pl_module.model
+            print(review_line(review(data.requests, model, pl_module.prompter)), flush=True)
 
 
 def describe(editor: Editor) -> str:
@@ -270,14 +334,14 @@ def _quiet() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit status: 0, or 2 after an error said in one line.
 
-    ``compare`` also returns 1, if one of its runs failed.
+    ``compare`` also returns 1, if one of its runs failed, and raises SystemExit after SIGTERM.
 
     Set ``LIT_EDIT_TRACEBACK=1`` to see where an error came from.
     """
     given = list(sys.argv[1:] if args is None else args)
     try:
-        if given[:1] == ["compare"]:
-            return compare(given[1:])
+        if given and given[0] in _COMMANDS:
+            return _COMMANDS[given[0]].main(given[1:])
         EditCLI(args=given)
     except (ArgumentError, ValueError, OSError) as error:
         if os.environ.get(TRACEBACK):

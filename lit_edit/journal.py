@@ -27,6 +27,7 @@ class Edit:
         seconds: for the edit's share of its batch.
         stages: the same by stage: ``layers`` (choosing them), ``values``, ``keys``, ``solve``, ``restrain``, ``write``,
             ``score`` (of ``p_target``) and ``other``.
+        rounding: per layer, what the rounding to the weight's dtype took of the change, from 0 to 1 (nothing written).
     """
 
     number: int
@@ -42,6 +43,7 @@ class Edit:
     change: dict[str, float]
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
 
 
 class Journal:

@@ -1,7 +1,8 @@
-"""Loading models, tokenizers and corpora, with errors that say what to do."""
+"""Loading models and tokenizers, with errors that say what to do."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,20 +80,23 @@ def load_model(
     return model.to(device), tokenizer
 
 
-def load_corpus(name: str = EMBEDDED) -> list[str]:
-    """The texts over which key covariances are taken: the embedded text, or a text file with a text per paragraph.
+def save_model(model: Any, tokenizer: Any, folder: str | Path, max_shard_size: str = "5GB") -> None:
+    """Writes a model as plain `transformers` loads it, with its generation settings, tokenizer and chat template.
 
     Args:
-        name: ``embedded`` or the path of a UTF-8 text file; lines are texts, empty ones are skipped.
+        model: a causal language model of `transformers`; tied weights are written once and tied again when loaded.
+        tokenizer: its tokenizer.
+        folder: made if need be.
+        max_shard_size: weights are split into files of at most this size (``5GB``, ``200MB``).
 
     Raises:
-        LoadingError: if there is no such file or it holds no text.
+        LoadingError: if the size cannot be read or the folder cannot be written.
     """
-    path = embedded_path("data", "text.txt") if name == EMBEDDED else Path(name).expanduser()
+    if not re.fullmatch(r"[1-9]\d*([KMGT]i?B)", max_shard_size, re.IGNORECASE):
+        raise LoadingError(f"max_shard_size {max_shard_size!r} is no size: 5GB and 200MB are.")
     try:
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadingError(f"The corpus {name!r} cannot be read: {error}") from error
-    if not texts:
-        raise LoadingError(f"The corpus {name!r} holds no text.")
-    return texts
+        with transformers_bars(on_terminal()):
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise LoadingError(f"The model cannot be written to {folder}: {error}") from error

@@ -9,12 +9,16 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lit_edit.architectures import Family
+from lit_edit.corpora import load_corpus
+from lit_edit.delta import DeltaHeader, save_delta
 from lit_edit.editors import Editor, Plan
 from lit_edit.journal import Edit, Journal
-from lit_edit.loading import EMBEDDED, load_corpus, load_model, on_terminal, transformers_bars
+from lit_edit.loading import EMBEDDED, load_model, on_terminal, save_model
 from lit_edit.prompts import Prompter
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
+from lit_edit.statistics import model_fingerprint
 
 CHECKPOINT_KEY = "lit_edit"
 
@@ -35,6 +39,7 @@ class LitEdit(L.LightningModule):
         corpus_tokens: at most so many of its tokens.
         cache_dir: where covariances are kept; the user's cache folder if None.
         seed: of the sampled contexts.
+        family: where a model of an unknown kind keeps its parts; the error about such a model proposes one.
 
     Raises:
         ValueError: if a loaded model comes without its tokenizer.
@@ -50,6 +55,7 @@ class LitEdit(L.LightningModule):
         corpus_tokens: int = 50_000,
         cache_dir: str | None = None,
         seed: int = 0,
+        family: Family | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -63,9 +69,13 @@ class LitEdit(L.LightningModule):
             self.model, self.tokenizer = model, tokenizer
         self.model.eval().requires_grad_(False)
         self.corpus, self.corpus_tokens, self.cache_dir, self.context_seed = corpus, corpus_tokens, cache_dir, seed
+        self.family = family
         self.session: EditSession | None = None
         self.last_edits: list[Edit] = []
         self._pending: Plan | None = None
+        self._fingerprint: str | None = None  # of the unedited model
+        self._keeps_originals = False
+        self._originals: dict[str, Tensor] | None = None
 
     @property
     def journal(self) -> Journal:
@@ -112,8 +122,12 @@ class LitEdit(L.LightningModule):
             corpus_tokens=self.corpus_tokens,
             cache_dir=self.cache_dir,
             seed=self.context_seed,
+            family=self.family,
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None and on_terminal(),
         )
+        self._fingerprint = model_fingerprint(self.model)
+        if self._keeps_originals:
+            self._originals = {name: w.cpu().clone() for name, w in self.session.edited_weights().items()}
         # Without a data module of this project the requests are seen, and checked, batch by batch only.
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
         self.session.check(self._requests(), batch_size)
@@ -184,6 +198,7 @@ class LitEdit(L.LightningModule):
             "editor": {name: tensor.cpu() for name, tensor in self.editor.state_dict().items()},
             "contexts": list(session.workspace.contexts),
             "journal": session.journal.state_dict(),
+            "original": self._fingerprint,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -203,6 +218,11 @@ class LitEdit(L.LightningModule):
                 f"The checkpoint holds the weights {_named(saved)}, this run edits {_named(here)}: resume with the "
                 "model and layers the run was started with."
             )
+        if state.get("original") not in (None, self._fingerprint):
+            raise ValueError(
+                "The checkpoint was made from a model with the same layers and other weights: resume with the model "
+                "and dtype the run was started with."
+            )
         device = session.workspace.device
         self.editor.load_state_dict({name: tensor.to(device) for name, tensor in state["editor"].items()})
         session.workspace.contexts = list(state["contexts"])
@@ -213,9 +233,38 @@ class LitEdit(L.LightningModule):
 
     def export(self, folder: str | Path) -> None:
         """Writes the edited model and its tokenizer as `transformers` loads them."""
-        with transformers_bars(on_terminal()):
-            self.model.save_pretrained(folder)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(folder)
+        save_model(self.model, self.tokenizer, folder)
+
+    def keep_originals(self) -> None:
+        """Has the editable weights kept as they were before the first edit, in memory, so that `export_delta` can work.
+
+        Raises:
+            ValueError: if edits were made already without it.
+        """
+        if self.session is not None and self._originals is None:
+            raise ValueError(
+                f"The weights before the {self.edits_applied} edits were not kept: ask for a delta from the first fit "
+                "on, or make one from the run with `train.py export --delta`."
+            )
+        self._keeps_originals = True
+
+    def export_delta(self, path: str | Path, tolerance: float = 0.0) -> DeltaHeader:
+        """Writes what the edits changed, see `lit_edit.delta.save_delta`. Needs `keep_originals` before the fit.
+
+        Raises:
+            ValueError: without that.
+        """
+        if self._originals is None or self._fingerprint is None:
+            raise ValueError("The weights before the first edit were not kept: call keep_originals() before the fit.")
+        return save_delta(
+            path,
+            self.model,
+            self._originals,
+            original=self._fingerprint,
+            tolerance=tolerance,
+            method=type(self.editor).__name__,
+            edits=self.edits_applied,
+        )
 
 
 def _reopen_epoch(checkpoint: dict[str, Any]) -> None:

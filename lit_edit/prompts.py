@@ -1,7 +1,8 @@
-"""From requests to token ids: context templates, and the position of a subject's last token."""
+"""From requests to token ids: context and chat templates, and the position of a subject's last token."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,42 +60,142 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str) -> Bat
     return Batch(ids.to(device), mask.to(device), labels.to(device), last.to(device))
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What stands around a prompt and before its target: ``head + prompt + tail + gap + target``.
+
+    ``special`` says whether the tokenizer adds its own special tokens, BOS for one. The gap counts as the target's.
+    """
+
+    head: str = ""
+    tail: str = ""
+    gap: str = " "
+    special: bool = True
+
+
+def chat_frame(tokenizer: Any) -> Frame:
+    """The frame that a tokenizer's chat template puts around the one message of a user.
+
+    The template is rendered with `add_generation_prompt`, so that the target is the first the assistant says; templates
+    that let a model think aloud first are asked not to (``enable_thinking=False``). What the template itself writes
+    between that place and an assistant's words, Llama 2's space for instance, stands before the target. All special
+    tokens are the template's: the tokenizer adds none, so there are never two BOS.
+
+    Raises:
+        ValueError: if there is no chat template, it cannot be rendered, or it does not take over a message as it is.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "The tokenizer has no chat template: leave `chat_template` out, or take the model's instruction-tuned "
+            "version with the tokenizer that comes with it."
+        )
+    said = ("the words of a user", "Something else that is asked")
+
+    def render(words: str, reply: str | None = None) -> str:
+        messages = [{"role": "user", "content": words}]
+        if reply is not None:
+            messages.append({"role": "assistant", "content": reply})
+        try:
+            text: str = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=reply is None, enable_thinking=False
+            )
+        except Exception as error:  # whatever a template raises: it is a program of its own
+            raise ValueError(
+                f"The tokenizer's chat template cannot be rendered with one message of a user: {error}"
+            ) from error
+        return text
+
+    frames = [render(words).partition(words) for words in said]
+    head, found, tail = frames[0]
+    if not found or any((before, after) != (head, tail) for before, _, after in frames):
+        raise ValueError("The tokenizer's chat template changes the words of a user: the subject cannot be located.")
+    try:
+        between = render(said[0], said[1]).partition(said[0])[2].partition(said[1])[0]
+    except ValueError:  # it takes no replies; then they follow directly
+        between = tail
+    gap = between.removeprefix(tail) if between.startswith(tail) else ""
+    return Frame(head, tail, "" if gap.strip() else gap, special=False)
+
+
 class Prompter:
     """Tokenises prompts, subjects and targets for one model.
 
     Args:
         tokenizer: a fast tokenizer of `transformers` (character offsets are needed).
         max_length: the longest text the model takes, in tokens.
+        vocabulary: how many tokens the model has embeddings for; None does not check.
+        chat_template: put every prompt, with its context, into the tokenizer's chat template as the words of a user;
+            the target is the reply (see `chat_frame`).
 
     Raises:
-        ValueError: if the tokenizer gives no character offsets.
+        ValueError: if the tokenizer gives no character offsets, or no chat template that can be used.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, vocabulary: int | None = None, chat_template: bool = False
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 "A fast tokenizer is needed: its character offsets locate the subject. Save the tokenizer again with "
                 "a current `transformers`, or load it with `use_fast=True`."
             )
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.vocabulary = tokenizer, max_length, vocabulary
+        self.frame = chat_frame(tokenizer) if chat_template else Frame()
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, chat_template: bool = False) -> Prompter:
+        """For a model of `transformers`: the length it takes and the tokens it knows are read off from it."""
+        config = getattr(model, "config", None)
+        limit = getattr(config, "max_position_embeddings", None)
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        size = getattr(getattr(embeddings, "weight", None), "shape", (None,))[0]
+        return cls(tokenizer, int(limit or 1_000_000), size, chat_template)
 
     @property
     def pad_id(self) -> int:
-        """An id to pad with; padded places are masked, so any will do."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+        """An id to pad with; padded places are masked, so any will do that the model has an embedding for."""
+        for found in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if found is not None and (self.vocabulary is None or found < self.vocabulary):
+                return int(found)
+        return 0
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character offsets of a text, without an EOS that the tokenizer puts at its end.
+    def encode(self, text: str, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets of a text, without an EOS or the like that the tokenizer puts at its end.
 
         EOS would come between prompt and answer: it is no part of a prefix.
+
+        Args:
+            text: without a frame; none is put around it.
+            special: let the tokenizer add its special tokens.
         """
-        encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
         ids: list[int] = list(encoded["input_ids"])
         offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
-        while ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
+        added: list[int] = list(encoded["special_tokens_mask"])
+        # BOS alone is all there is of an empty text; it stays.
+        while len(ids) > 1 and added[len(ids) - 1] and offsets[-1][0] == offsets[-1][1]:
             ids.pop(), offsets.pop()
         return ids, offsets
+
+    def _layout(self, prompt: str, target: str) -> tuple[str, int, str, str]:
+        """(the whole text, where the prompt starts in it, the prompt and the target as they stand there)."""
+        frame = self.frame
+        if not frame.special:
+            prompt = prompt.strip()  # as templates do
+        if target:
+            prompt, target = prompt.rstrip(" "), target.lstrip(" ")
+        text = frame.head + prompt + frame.tail
+        return (text + frame.gap + target if target else text), len(frame.head), prompt, target
+
+    def length(self, prompt: str, target: str = "") -> int:
+        """How many tokens a prompt takes with its target and all that stands around it."""
+        return len(self.encode(self._layout(prompt, target)[0], self.frame.special)[0])
 
     def row(
         self,
@@ -105,7 +206,7 @@ class Prompter:
         offset: int = 0,
         first: bool = False,
     ) -> Row:
-        """Tokenises ``prompt + " " + target`` as one text.
+        """Tokenises ``prompt + " " + target``, or what the chat template makes of them, as one text.
 
         The whole text is tokenised at once, and subject and target are found by their character offsets: pieces
         tokenised apart can differ from the pieces of the whole. Spaces where prompt and target meet count as the one.
@@ -113,38 +214,36 @@ class Prompter:
         Args:
             prompt: the text before the target.
             target: the continuation, without leading space; may be empty.
-            subject: located in the prompt, at its last occurrence from ``offset`` on.
+            subject: located in the prompt, at its last occurrence from ``offset`` on. Occurrences that are no part of a
+                longer word go before those that are: of "Ira" in "Ira lives in Iraq" the first is taken.
             source: names the record in an error.
             offset: characters of the prompt before which the subject is not looked for (a context's length).
             first: take the subject's first occurrence instead.
 
         Raises:
-            RequestError: if the text is longer than the model takes, the subject is not in the prompt or has no token,
-                or a token spans two of its parts in a way that leaves the target empty.
+            RequestError: if the text is longer than the model takes or has tokens that it does not know, the subject
+                is not in the prompt or has no token, or a token spans two of its parts in a way that leaves the target
+                empty.
         """
         subject = None if subject is None else subject.rstrip()  # a space after it belongs to the next word's token
-        if target:
-            prompt, target = prompt.rstrip(" "), target.lstrip(" ")
-        ids, offsets = self.encode(f"{prompt} {target}" if target else prompt)
-        if len(ids) > self.max_length:
-            raise RequestError(
-                f"{source or 'request'}, field 'prompt': {len(ids)} tokens with its target, the model takes "
-                f"{self.max_length}: {prompt[:60]!r}..."
-            )
+        lead = 0 if self.frame.special else len(prompt) - len(prompt.lstrip())
+        text, at, prompt, target = self._layout(prompt, target)
+        offset = max(0, offset - lead)
+        ids, offsets = self.encode(text, self.frame.special)
+        self._check(ids, prompt, source)
         start = len(ids)
         if target:
-            begin = len(prompt)
-            start = next((i for i, (a, b) in enumerate(offsets) if b > begin and b > a), len(ids))
+            begin = at + len(prompt) + len(self.frame.tail)
+            # A token without extent, as some tokenizers make of a space before a letter in bytes, counts as well.
+            start = next((i for i, (_, b) in enumerate(offsets) if b > begin), len(ids))
             if start == len(ids) or start == 0:
                 raise RequestError(f"{source or 'request'}, field 'target_new': {target!r} has no token of its own.")
         last = -1
         if subject is not None:
-            at = prompt.find(subject, offset) if first else prompt.rfind(subject)
-            if at < offset:
+            place = _occurrence(prompt, subject, offset, first)
+            if place < 0:
                 raise RequestError(f"{source or 'request'}, field 'subject': {subject!r} is not in {prompt!r}.")
-            end = at + len(subject)
-            # A letter may be several tokens (bytes) with the same offsets: the last of them ends the subject.
-            last = max((i for i, (a, b) in enumerate(offsets) if a < end <= b), default=-1)
+            last = _last_token(text, offsets, at + place, at + place + len(subject))
             if last < 0:
                 raise RequestError(
                     f"{source or 'request'}, field 'subject': the tokenizer leaves no token for the end of {subject!r}."
@@ -154,6 +253,22 @@ class Prompter:
                     f"{source or 'request'}, field 'subject': its last token is part of the target {target!r}."
                 )
         return Row(tuple(ids), start, last)
+
+    def _check(self, ids: Sequence[int], prompt: str, source: str) -> None:
+        if len(ids) > self.max_length:
+            raise RequestError(
+                f"{source or 'request'}, field 'prompt': {len(ids)} tokens with its target, the model takes "
+                f"{self.max_length}: {prompt[:60]!r}..."
+            )
+        if not ids:
+            raise RequestError(f"{source or 'request'}, field 'prompt': {prompt[:60]!r} has no token.")
+        if self.vocabulary is not None and max(ids) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise RequestError(
+                f"{source or 'request'}, field 'prompt': the tokenizer gives the token {token!r} the id {max(ids)}, "
+                f"the model has embeddings for {self.vocabulary} tokens only. Load the model's own tokenizer, or "
+                "resize the model's embeddings."
+            )
 
     def collate(self, rows: Sequence[Row], device: torch.device | str) -> Batch:
         """`collate` with this tokenizer's padding."""
@@ -189,7 +304,8 @@ def sample_contexts(model: nn.Module, prompter: Prompter, n: int, length: int, s
     generator = torch.Generator().manual_seed(seed)
     special = prompter.tokenizer.all_special_ids  # a tokenizer may know more of them than its model has outputs
     for i in range(n):
-        ids = list(prompter.row(CONTEXT_SEEDS[i % len(CONTEXT_SEEDS)]).ids)
+        # Plain text also where prompts go into a chat template: there the context is part of the user's words.
+        ids = prompter.encode(CONTEXT_SEEDS[i % len(CONTEXT_SEEDS)])[0]
         for _ in range(length):
             logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].float().cpu()
             logits[[i for i in special if i < len(logits)]] = -torch.inf
@@ -207,3 +323,37 @@ def in_context(context: str, prompt: str) -> tuple[str, int]:
     """(the prompt within a context, characters that stand before it)."""
     before = context.index("{}")
     return context[:before] + prompt + context[before + 2 :], before
+
+
+def _occurrence(text: str, words: str, offset: int, first: bool) -> int:
+    """Where words stand in a text from a place on, or -1; where they are no part of a longer word if there they are."""
+    found = [at for at in range(offset, len(text) - len(words) + 1) if text.startswith(words, at)] if words else []
+    whole = [at for at in found if not _joined(text, at) and not _joined(text, at + len(words))]
+    return next(iter((whole or found)[:: 1 if first else -1]), -1)
+
+
+def _last_token(text: str, offsets: Sequence[tuple[int, int]], begin: int, end: int) -> int:
+    """The token that a part of a text ends in, or -1."""
+    for last in range(end, begin, -1):
+        # A letter may be several tokens (bytes) with the same offsets: the last of them ends the part.
+        found = max((i for i, (a, b) in enumerate(offsets) if a < last <= b), default=-1)
+        # A tokenizer that composes letter and marks, or drops the marks, counts the letter's own place only.
+        if found >= 0 or not (_extends(text[last - 1]) or len(unicodedata.normalize("NFC", text[last - 2 : end])) == 1):
+            return found
+    return -1
+
+
+def _joined(text: str, at: int) -> bool:
+    """Whether a place is within a word or within what is seen as one character."""
+    if not 0 < at < len(text):
+        return False
+    return _extends(text[at]) or (_in_word(text[at - 1]) and _in_word(text[at]))
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character == "_" or _extends(character)
+
+
+def _extends(character: str) -> bool:
+    """Combining marks, the joiner of emoji, and skin tones: they belong to the character before them."""
+    return unicodedata.category(character)[0] == "M" or character in "\u200d🏻🏼🏽🏾🏿"

@@ -81,6 +81,27 @@ def _questions(request: EditRequest) -> list[tuple[str, ...]]:
     return list(asked)
 
 
+def review_line(found: Sequence[Reviewed], most: int = 3) -> str:
+    """What deserves a look, in one line; of the contradictions at most ``most`` are named."""
+    known, twice = sum(r.known for r in found), sum(r.repeats is not None for r in found)
+    odd = [r for r in found if r.contradicts]
+    by_case = {r.request.case_id: r.request for r in found}
+    named = [
+        f"{_where(r.request)} wants {r.request.target_new!r} for {r.request.prompt!r} where "
+        f"{_where(by_case[r.contradicts[-1]])} wants {by_case[r.contradicts[-1]].target_new!r}"
+        for r in odd[:most]
+    ]
+    if len(odd) > most:
+        named.append(f"and {len(odd) - most} more, see --dry_run")
+    said = f"{len(found)} facts to write: {known} already known, {twice} given twice, {len(odd)} contradicting"
+    wins = f" (the later edit wins: {'; '.join(named)})" if odd else ""
+    return f"{said} an earlier one{wins}."
+
+
+def _where(request: EditRequest) -> str:
+    return request.source or f"case {request.case_id}"
+
+
 def review_table(found: Sequence[Reviewed], most: int = 20) -> Table:
     """A table for people: first what deserves a look, then the rest, ``most`` rows in all; the caption counts."""
     odd = [r for r in found if r.known or r.repeats or r.contradicts]

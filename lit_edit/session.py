@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_edit.architectures import Family
 from lit_edit.editors import Editor, Plan
 from lit_edit.evaluation import score_targets
 from lit_edit.journal import Edit, Journal
@@ -40,6 +41,10 @@ class EditSession:
         cache_dir: where artefacts are kept; `cache_folder` if None.
         seed: of the sampled contexts.
         progress: show a bar while statistics are collected.
+        family: where a model of an unknown kind keeps its parts.
+
+    Attributes:
+        prepared: seconds that were spent before the first edit, on ``contexts`` and ``statistics``.
 
     Raises:
         ValueError: if the model, tokenizer or layers do not fit; the message says what to change.
@@ -56,16 +61,19 @@ class EditSession:
         cache_dir: str | Path | None = None,
         seed: int = 0,
         progress: bool = False,
+        family: Family | None = None,
     ) -> None:
         model.eval().requires_grad_(False)
         self.editor = editor
-        self.workspace = Workspace.of(model, tokenizer)
+        self.workspace = Workspace.of(model, tokenizer, family=family)
         self.journal = Journal()
         layers = editor.editable_layers(self.workspace)
         self.editable = [self.workspace.architecture[layer] for layer in layers]
         number, length = editor.context_sampling
+        watch = self.workspace.stopwatch
         if number:
-            self.workspace.contexts = sample_contexts(model, self.workspace.prompter, number, length, seed)
+            with watch.measure("contexts"):
+                self.workspace.contexts = sample_contexts(model, self.workspace.prompter, number, length, seed)
         if editor.needs_covariances or editor.needs_gradients:
             texts = list(corpus)  # may be a stream, and is read once for each statistic
 
@@ -83,12 +91,14 @@ class EditSession:
                 )
                 return {part.index: found[part.name] for part in self.editable}
 
-            if editor.needs_covariances:
-                self.workspace.covariances = over_corpus(covariances)
-            if editor.needs_gradients:
-                self.workspace.gradients = over_corpus(gradients)
+            with watch.measure("statistics"):
+                if editor.needs_covariances:
+                    self.workspace.covariances = over_corpus(covariances)
+                if editor.needs_gradients:
+                    self.workspace.gradients = over_corpus(gradients)
         if editor.needs_originals:
             self.workspace.originals = {part.index: part.weight.clone() for part in self.editable}
+        self.prepared = watch.take()  # and the first edit's own seconds begin at nothing
 
     @property
     def model(self) -> nn.Module:

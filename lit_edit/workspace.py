@@ -42,10 +42,7 @@ class Workspace:
         cls, model: nn.Module, tokenizer: Any, contexts: Sequence[str] = ("{}",), family: Family | None = None
     ) -> Workspace:
         """Binds a model and its tokenizer; ``family`` says where a model of an unknown kind keeps its parts."""
-        limit = getattr(model.config, "max_position_embeddings", None)
-        return cls(
-            model, tokenizer, Architecture(model, family), Prompter(tokenizer, int(limit or 1_000_000)), list(contexts)
-        )
+        return cls(model, tokenizer, Architecture(model, family), Prompter.of(model, tokenizer), list(contexts))
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +58,7 @@ class Workspace:
         rows = []
         for context in self.contexts if contexts is None else contexts:
             prompt, before = in_context(context, request.prompt)
-            if before and len(self.prompter.encode(f"{prompt} {request.target_new}")[0]) > self.prompter.max_length:
+            if before and self.prompter.length(prompt, request.target_new) > self.prompter.max_length:
                 continue
             rows.append(self.prompter.row(prompt, request.target_new, request.subject, request.source, before))
         return rows

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from lit_edit.loading import LoadingError, embedded_path, load_corpus, load_model, transformers_bars
+from lit_edit.loading import LoadingError, embedded_path, load_model, transformers_bars
 
 Folder = Callable[[str], Path]
 

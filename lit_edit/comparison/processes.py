@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -18,6 +21,7 @@ THREADS = "OMP_NUM_THREADS"
 LAST_LINES = 12
 
 _POLL = 0.2  # seconds
+_GRACE = 20.0  # for a run that was told to end: it may be in the middle of an edit
 _REFRESH = 2.0
 
 
@@ -78,6 +82,9 @@ def run_all(runs: Sequence[Run], jobs: int, threads: int, console: Console) -> l
 
     Returns:
         Those that failed; the end of their output was shown.
+
+    Raises:
+        SystemExit: after SIGTERM, when the runs that were going on have been ended, too.
     """
     states = {run: run.state() for run in runs}
     waiting = [run for run in runs if states[run] is not State.COMPLETE]
@@ -88,9 +95,11 @@ def run_all(runs: Sequence[Run], jobs: int, threads: int, console: Console) -> l
     going: list[Process] = []
     failed: list[Run] = []
     looked = 0.0
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    with _told_to_end() as ended, Live(console=console, auto_refresh=False, transient=True) as live:
         try:
             while waiting or going:
+                if ended():
+                    raise SystemExit(128 + signal.SIGTERM)
                 while waiting and len(going) < jobs:
                     run = waiting.pop(0)
                     going.append(_start(run, threads, _kept(run, states[run])))
@@ -109,8 +118,35 @@ def run_all(runs: Sequence[Run], jobs: int, threads: int, console: Console) -> l
             for process in going:  # only after an error or an interruption
                 process.popen.terminate()
             for process in going:
-                process.popen.wait()
+                _wait(process.popen)
     return failed
+
+
+@contextmanager
+def _told_to_end() -> Iterator[Callable[[], bool]]:
+    """Notes SIGTERM instead of dying of it, which would leave the runs behind.
+
+    An exception out of the handler could come between the start of a run and the note of it. Only a program's main
+    thread may handle signals; elsewhere nothing is noted.
+    """
+    received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield received.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield received.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait(popen: subprocess.Popen[bytes]) -> None:
+    """Until a run has ended that was told to; then ends it."""
+    try:
+        popen.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        popen.kill()
+        popen.wait()
 
 
 def _kept(run: Run, state: State) -> int:

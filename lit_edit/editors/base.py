@@ -21,13 +21,13 @@ class Applied:
     layer: int
     update: Update
     relative_change: float  # ‖W_new − W‖_F / ‖W‖_F
+    rounding: float = 0.0  # what the weight's dtype took of it, see `Update.apply_`
 
     @classmethod
     def write(cls, layer: int, update: Update, weight: Tensor) -> Applied:
         """Applies an update to a layer's weight (d, p) in place."""
         relative = float(update.delta(weight).norm() / weight.double().norm())
-        update.apply_(weight)
-        return cls(layer, update, relative)
+        return cls(layer, update, relative, update.apply_(weight))
 
 
 @dataclass(frozen=True)

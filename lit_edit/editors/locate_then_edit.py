@@ -134,9 +134,7 @@ class LocateThenEdit(Editor):
                 for restraint in self.restraints:
                     update = restraint.restrain(update, self._ground(workspace, layer, len(plan.requests)))
             with watch.measure("write"):
-                relative = float(update.delta(part.weight).norm() / part.weight.double().norm())
-                update.apply_(part.weight)
-            applied.append(Applied(layer, update, relative))
+                applied.append(Applied.write(layer, update, part.weight))
         with watch.measure("restrain"):
             applied += self._restrain_totals(workspace, len(plan.requests))
         for layer, keys in used.items():
@@ -199,9 +197,7 @@ class LocateThenEdit(Editor):
             for restraint in self.restraints:
                 update = restraint.total(self._ground(workspace, layer, batch), last=not batch)
                 if update is not None:
-                    relative = float(update.delta(weight).norm() / weight.double().norm())
-                    update.apply_(weight)
-                    applied.append(Applied(layer, update, relative))
+                    applied.append(Applied.write(layer, update, weight))
         return applied
 
     def _share(self, workspace: Workspace, plan: Plan, values: Values, layer: int, mine: list[int]) -> Tensor:

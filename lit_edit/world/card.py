@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from lit_edit.corpora import load_corpus
 from lit_edit.datamodules import ConceptEditDataModule, CounterFactDataModule, EditDataModule, ZsREDataModule
 from lit_edit.downstream import load_tasks, run_task
 from lit_edit.editors import LocateThenEdit
 from lit_edit.evaluation import LocalityReference, evaluate, score_targets
 from lit_edit.layers import FixedLayers
-from lit_edit.loading import EMBEDDED, embedded_path, load_corpus, load_model
+from lit_edit.loading import EMBEDDED, embedded_path, load_model
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
 from lit_edit.solvers import MOSE, ROME, Solver
