@@ -1,8 +1,16 @@
-"""What batching buys: ratios within one run, medians over repeats: `make bench`.
+"""What an edit costs and what it must cost: ratios within one run, medians over repeats: `make bench`.
 
-Value optimisation of several requests in one batch against one after another, layer selection's candidates in one
-batch against one after another, and one step of each solver against the optimisation it follows. Writes
-``runs/bench.json`` and prints a table.
+* ``values``: v* as the package computes it (only what a change can reach, all requests of a batch together), against
+  complete passes over the same batch, and against the published way: one request at a time, every token through every
+  block, all logits. With the floating-point operations that are needed and the time they take at the speed of a large
+  matrix product on this machine.
+* ``solve``: MOSE's rotation in a rational Krylov space against the SVD of the dense matrix, and what is lost in the
+  objective.
+* ``sequence``: solving and writing at the first edit of a sequence and at later ones, with memory of all past edits.
+
+Prints tables and writes all figures as JSON.
+
+    python benchmarks/edit_speed.py --only values --batches 1 10
 """
 
 from __future__ import annotations
@@ -13,17 +21,26 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lit_edit.datamodules import CounterFactDataModule
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_edit.api import load_editor
-from lit_edit.corpora import load_corpus
-from lit_edit.keys import MeanKey, compute_keys
+from lit_edit.keys import MeanKey
+from lit_edit.krylov import Preserved, procrustes_near_identity
+from lit_edit.linalg import procrustes
 from lit_edit.loading import load_model
-from lit_edit.session import EditSession
-from lit_edit.solvers import MEMIT, MOSE, ROME, AlphaEdit, Problem
-from lit_edit.values import ValueProblem
+from lit_edit.prompts import sample_contexts
+from lit_edit.requests import EditRequest
+from lit_edit.solvers import MEMIT, MOSE, AlphaEdit, MOSEKey, Problem
+from lit_edit.taps import change_outputs
+from lit_edit.updates import ThinRotation
+from lit_edit.values import NormClamp, ValueOptimizer, ValueProblem
+from lit_edit.workspace import Workspace
+
+PUBLISHED_SAMPLE = 3  # requests that the published way is timed on; it takes them one at a time anyway
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -37,55 +54,264 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
+def peak_flops(dtype: torch.dtype = torch.float32, size: int = 1536) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    a = torch.randn(size, size, dtype=dtype)
+    return 2 * size**3 / median_seconds(lambda: a @ a, 5)
+
+
+# Values
+
+
+def models(names: list[str]) -> dict[str, tuple[nn.Module, Any, int]]:
+    """(model, tokenizer, edited layer) by name."""
+    found: dict[str, tuple[nn.Module, Any, int]] = {}
+    embedded, tokenizer = load_model()
+    for name in names:
+        if name == "embedded":
+            found[name] = (embedded, tokenizer, 3)
+            continue
+        layers, width = (int(part) for part in name.removeprefix("llama-").split("x"))
+        config = LlamaConfig(
+            vocab_size=32_000, hidden_size=width, intermediate_size=int(3.5 * width), num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        found[name] = (LlamaForCausalLM(config), tokenizer, layers * 5 // 32)  # ROME's layer of 5 among 32
+    for model, _, _ in found.values():
+        model.eval().requires_grad_(False)
+    return found
+
+
+def published(space: Workspace, request: EditRequest, layer: int, values: ValueOptimizer, steps: int) -> None:
+    """v* as released code computes it: padded complete passes for one request, logits of every token."""
+    rows = [*space.rewriting_rows(request), space.essence_row(request)]
+    batch = space.prompter.collate(rows, space.device)
+    every = torch.arange(len(rows))
+    end = batch.attention_mask[-1].sum() - 1
+    delta = torch.zeros(space.architecture[layer].weight.shape[0], requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=0.5)
+    before: Tensor | None = None
+    start: Tensor | None = None
+
+    def change(output: Tensor) -> Tensor:
+        nonlocal start
+        at = (every, batch.subject_last)
+        start = output[0, batch.subject_last[0]].detach() if start is None else start
+        return output.index_put(at, output[at] + delta)
+
+    for _ in range(steps):
+        with change_outputs({space.architecture[layer].projection: change}):
+            logits = space.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        log_p = logits.log_softmax(-1)
+        wanted = batch.labels[:-1, 1:]
+        picked = log_p[:-1, :-1].gather(2, wanted.clamp_min(0)[..., None])[..., 0] * (wanted != -100)
+        loss = -(picked.sum(1) / (wanted != -100).sum(1)).mean()
+        now = log_p[-1, end]
+        before = now.detach() if before is None else before
+        loss = loss + values.kl_factor * nn.functional.kl_div(before, now, log_target=True, reduction="sum")
+        if start is not None:
+            loss = loss + values.weight_decay * delta.norm() / start.norm() ** 2
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+
+def needed_flops(space: Workspace, requests: list[EditRequest], layer: int) -> float:
+    """Per step: suffix tokens through the blocks from the edited one on, forward and once back, and the logits read."""
+    block = sum(p.numel() for p in space.architecture[layer].block.parameters() if p.ndim == 2)
+    head = space.model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+    blocks = len(space.architecture) - layer
+    total = 0.0
+    for request in requests:
+        rows = [*space.rewriting_rows(request), space.essence_row(request)]
+        tokens = sum(len(row.ids) - row.subject_last for row in rows)
+        read = sum(max(1, len(row.ids) - row.target_start) for row in rows)
+        total += 2 * 2 * (tokens * block * blocks + read * head)
+    return total
+
+
+def bench_values(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds per edit of the three ways, by model and batch size."""
+    data = CounterFactDataModule(n_edits=max(args.batches))
+    data.setup("fit")
+    speed = peak_flops()
+    rows = []
+    for name, (model, tokenizer, layer) in models(args.models).items():
+        space = Workspace.of(model, tokenizer)
+        space.contexts = sample_contexts(model, space.prompter, 5, 5, 0)
+        values = ValueOptimizer(constraint=NormClamp(4.0), stop_loss=0.0)  # every problem takes every step
+        for n in args.batches:
+            requests = data.requests[:n]
+            problems = [ValueProblem(i, (layer,)) for i in range(n)]
+
+            def run(complete: bool, requests=requests, problems=problems, values=values, space=space) -> None:
+                values.complete_passes = complete
+                values.optimise(space, requests, problems, MeanKey(), steps=args.steps)
+
+            few = requests[: min(n, PUBLISHED_SAMPLE)]
+            seconds = {
+                "package": median_seconds(lambda run=run: run(False), args.repeats) / n,
+                "complete passes": median_seconds(lambda run=run: run(True), args.repeats) / n,
+                "published way": median_seconds(
+                    lambda few=few, space=space, layer=layer, values=values: [
+                        published(space, r, layer, values, args.steps) for r in few
+                    ],
+                    args.repeats,
+                )
+                / len(few),
+            }
+            least = needed_flops(space, requests, layer) * args.steps / n / speed
+            rows.append(
+                {"model": name, "batch": n, "seconds_per_edit": seconds, "at_peak": least, "peak_gflops": speed / 1e9}
+            )
+    return rows
+
+
+# Solvers
+
+
+def bench_solve(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """MOSE's rotation for one request at several widths: seconds, and what is lost against the dense SVD."""
+    rows = []
+    for d in args.sizes:
+        g = torch.Generator().manual_seed(0)
+        q = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q
+        spectrum = torch.logspace(0, 6, d, dtype=torch.float64) / 1e6  # condition number 1e6
+        preserved = Preserved(spectrum, q, q[:, :0])
+        a = q @ (spectrum.sqrt()[:, None] * torch.randn(d, 1, generator=g, dtype=torch.float64))
+        v = torch.randn(d, 1, generator=g, dtype=torch.float64)
+        v = v / v.norm() * a.norm()
+        thin = median_seconds(lambda p=preserved, v=v, a=a: procrustes_near_identity(p, v, a), args.repeats)
+        solution = procrustes_near_identity(preserved, v, a)
+        matrix = preserved.dense() + v @ a.T
+        start = time.perf_counter()
+        dense = procrustes(matrix)
+        svd = time.perf_counter() - start
+        best = float((dense * matrix).sum())
+        update = ThinRotation(solution.basis, solution.turn)
+        weight = torch.randn(d, int(3.5 * d), generator=g, dtype=torch.float32)
+        rows.append(
+            {
+                "d": d,
+                "k": solution.basis.shape[1],
+                "krylov": thin,
+                "svd": svd,
+                "objective_gap": (best - float(trace_of(solution, matrix))) / best,
+                "write": median_seconds(lambda u=update, w=weight: u.delta(w), args.repeats),
+            }
+        )
+    return rows
+
+
+def trace_of(solution: Any, matrix: Tensor) -> Tensor:
+    """``tr(Qᵀ M)`` for a thin ``Q``."""
+    less = solution.turn - torch.eye(len(solution.turn), dtype=torch.float64)
+    return matrix.trace() + (less * (solution.basis.T @ matrix @ solution.basis)).sum()
+
+
+# Sequences
+
+
+def bench_sequence(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds of solving and writing around some counts of edits, at the embedded model's size."""
+    d, p, rows = 320, 960, []
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(p, p, generator=g, dtype=torch.float64) * torch.logspace(0, -2, p).double()
+    covariance = root @ root.T / p
+    for solver in (MOSE(0.1), MOSEKey(1.0), MEMIT(30.0, memory=True), AlphaEdit(threshold=None, energy=0.02)):
+        weight = torch.randn(d, p, generator=g)
+        memory = torch.zeros(p, args.edits, dtype=torch.float64)
+        times = []
+        for n in range(args.edits):
+            key = root @ torch.randn(p, 1, generator=g, dtype=torch.float64) / p**0.5
+            target = torch.randn(d, 1, generator=g, dtype=torch.float64)
+            target = target / target.norm() * (weight.double() @ key).norm()
+            start = time.perf_counter()
+            problem = Problem(weight, key, target, covariance, memory[:, :n], "layer")
+            solver.solve(problem).apply_(weight)
+            times.append(time.perf_counter() - start)
+            memory[:, n : n + 1] = key
+        window = max(1, min(20, args.edits // 4))
+        rows.append(
+            {
+                "solver": type(solver).__name__,
+                "edits": args.edits,
+                "first": times[0],
+                "early": statistics.median(times[1 : 1 + window]),
+                "late": statistics.median(times[-window:]),
+                "mean": statistics.mean(times),
+            }
+        )
+    return rows
+
+
+# Tables
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Markdown."""
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def show(found: dict[str, list[dict[str, Any]]], steps: int) -> None:
+    """All sections as tables."""
+    if rows := found.get("values"):
+        print(f"Values, {steps} steps, seconds per edit\n")
+        table = []
+        for r in rows:
+            s = r["seconds_per_edit"]
+            table.append(
+                [r["model"], str(r["batch"]), f"{s['package']:.3f}", f"{s['complete passes'] / s['package']:.1f}",
+                 f"{s['published way'] / s['package']:.1f}", f"{s['package'] / r['at_peak']:.1f}"]
+            )  # fmt: skip
+        print_table(["model", "batch", "package", "complete / package", "published / package", "package / peak"], table)
+    if rows := found.get("solve"):
+        print("MOSE's rotation, one request, seconds\n")
+        print_table(
+            ["d", "k", "Krylov", "SVD", "SVD / Krylov", "objective gap", "write (p = 3.5 d)"],
+            [
+                [str(r["d"]), str(r["k"]), f"{r['krylov']:.4f}", f"{r['svd']:.2f}", f"{r['svd'] / r['krylov']:.0f}",
+                 f"{r['objective_gap']:.0e}", f"{r['write']:.3f}"]
+                for r in rows
+            ],
+        )  # fmt: skip
+    if rows := found.get("sequence"):
+        print(f"Solving and writing in a sequence of {rows[0]['edits']} edits with memory, milliseconds\n")
+        print_table(
+            ["solver", "first", "early", "late", "late / early"],
+            [
+                [r["solver"], *(f"{1e3 * r[k]:.1f}" for k in ("first", "early", "late")),
+                 f"{r['late'] / r['early']:.2f}"]
+                for r in rows
+            ],
+        )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--only", nargs="+", default=["values", "solve", "sequence"])
+    parser.add_argument(
+        "--models", nargs="+", default=["embedded", "llama-24x512"], help="llama-<layers>x<width>: random"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     args = parser.parse_args()
-
-    data = CounterFactDataModule(n_edits=args.requests)
-    data.setup("fit")
-    model, tokenizer = load_model(args.model)
-    editor = load_editor("mose")
-    session = EditSession(model, tokenizer, editor, load_corpus(), "embedded")
-    space, values, requests = session.workspace, editor.values, data.requests  # type: ignore[attr-defined]
-    values.stop_loss = 0.0  # every problem takes every step, so that the two sides do the same work
-    n_layers, middle = len(space.architecture), len(space.architecture) // 2
-
-    def optimise(problems: list[ValueProblem]) -> None:
-        values.optimise(space, requests, problems, MeanKey(), steps=args.steps)
-
-    together = [ValueProblem(i, (middle,)) for i in range(len(requests))]
-    candidates = [ValueProblem(0, (layer,)) for layer in range(n_layers)]
-    seconds = {
-        "requests together": median_seconds(lambda: optimise(together), args.repeats),
-        "requests one by one": median_seconds(lambda: [optimise([p]) for p in together], args.repeats),
-        "candidate layers together": median_seconds(lambda: optimise(candidates), args.repeats),
-        "candidate layers one by one": median_seconds(lambda: [optimise([p]) for p in candidates], args.repeats),
-    }
-    part = space.architecture[middle]
-    keys = compute_keys(space, requests[:1], [middle], MeanKey())[middle]
-    targets = part.weight @ keys + torch.randn(part.weight.shape[0], 1)
-    problem = Problem(part.weight, keys, targets, covariance=space.covariances[middle], layer=part.name)
-    for solver in (MOSE(), ROME(), MEMIT(), AlphaEdit(threshold=None, energy=0.02)):
-        name = f"solve {type(solver).__name__}"
-        seconds[name] = median_seconds(lambda solver=solver: solver.solve(problem), args.repeats)  # type: ignore[misc]
-
-    one = seconds["requests one by one"] / len(requests)
-    rows = {
-        "requests: one by one / together": seconds["requests one by one"] / seconds["requests together"],
-        "candidates: one by one / together": (
-            seconds["candidate layers one by one"] / seconds["candidate layers together"]
-        ),
-        **{f"{k} / optimisation of {args.steps} steps": v / one for k, v in seconds.items() if k.startswith("solve")},
-    }
+    sections = {"values": bench_values, "solve": bench_solve, "sequence": bench_sequence}
+    unknown = sorted(set(args.only) - set(sections))
+    if unknown:
+        raise SystemExit(f"There is no section {unknown[0]!r}; there are {', '.join(sections)}.")
+    found = {name: sections[name](args) for name in args.only}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"seconds": seconds, "ratios": rows, "threads": torch.get_num_threads()}, indent=1))
-    for name, ratio in rows.items():
-        print(f"{name:<45} {ratio:8.3f}")
+    args.out.write_text(json.dumps({**found, "steps": args.steps, "threads": torch.get_num_threads()}, indent=1))
+    show(found, args.steps)
 
 
 if __name__ == "__main__":

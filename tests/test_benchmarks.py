@@ -17,9 +17,21 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_bench_writes_ratios(tmp_path: Path) -> None:
+def test_bench_writes_figures_and_tables(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    said = run("edit_speed.py", "--requests", "2", "--steps", "2", "--repeats", "1", "--out", str(out))
-    ratios = json.loads(out.read_text())["ratios"]
-    assert len(said.splitlines()) == len(ratios) == 6
-    assert all(ratio > 0 for ratio in ratios.values())
+    small = ["--models", "embedded", "llama-4x64", "--batches", "2", "--sizes", "192", "--edits", "4", "--steps", "1"]
+    said = run("edit_speed.py", *small, "--repeats", "1", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert [row["model"] for row in found["values"]] == ["embedded", "llama-4x64"]
+    assert all(min(row["seconds_per_edit"].values()) > row["at_peak"] * 0.5 > 0 for row in found["values"])
+    (solved,) = found["solve"]
+    assert solved["objective_gap"] < 1e-9
+    assert [row["solver"] for row in found["sequence"]] == ["MOSE", "MOSEKey", "MEMIT", "AlphaEdit"]
+    assert said.count("|---|") >= 3
+
+
+def test_an_unknown_section_is_named() -> None:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "edit_speed.py"), "--only", "speed"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "no section 'speed'; there are values, solve, sequence" in done.stderr
