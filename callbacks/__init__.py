@@ -10,7 +10,7 @@ from .checkpoint import EditCheckpoint
 from .downstream_eval import DownstreamEval
 from .every_n import EveryNEdits, count_edits
 from .export import ExportModel
-from .matrix_stability import MatrixStability, matrix_figures, relative_drift
+from .matrix_stability import MatrixStability, matrix_figures, relative_drift, spectrum_drift
 from .progress import EditProgressBar
 from .results_table import ResultsTable
 from .retention import Retention
@@ -27,4 +27,5 @@ __all__ = [
     "count_edits",
     "matrix_figures",
     "relative_drift",
+    "spectrum_drift",
 ]

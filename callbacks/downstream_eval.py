@@ -53,6 +53,7 @@ class DownstreamEval(EveryNEdits):
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
         if not self.tasks:
             return {}
-        limit = getattr(getattr(pl_module.model, "config", None), "max_position_embeddings", None) or 1_000_000
-        prompter = Prompter(pl_module.tokenizer, int(limit))
+        prompter = getattr(pl_module, "prompter", None)  # `LitEdit` knows whether to ask in a chat template
+        if not isinstance(prompter, Prompter):
+            prompter = Prompter.of(pl_module.model, pl_module.tokenizer)
         return {f"downstream/{task.name}": run_task(pl_module.model, prompter, task)[0] for task in self.tasks}

@@ -74,7 +74,8 @@ def relative_drift(weight: Tensor, reference: Tensor) -> float:
         reference: the same shape, on any device.
 
     Returns:
-        The ratio. From a reference of zeros it is 0 for no movement and infinite for any.
+        The ratio. From a reference of zeros it is 0 for no movement and infinite for any; NaN where an entry of one
+        of the two is.
 
     Raises:
         ValueError: if the shapes differ.
@@ -108,8 +109,10 @@ def spectrum_drift(weight: Tensor, reference: Tensor) -> float:
 
 def _relative_distance(now: Tensor, start: Tensor) -> float:
     moved, size = torch.linalg.norm(now - start).item(), torch.linalg.norm(start).item()
-    if size > 0 or math.isnan(moved):
-        return moved / size if size else math.nan
+    if math.isnan(moved):
+        return math.nan
+    if size > 0:
+        return moved / size
     return 0.0 if moved == 0 else math.inf
 
 
@@ -188,7 +191,8 @@ class MatrixStability(EveryNEdits):
         for name, weight in self._select(pl_module).items():
             spectrum = _spectrum(weight)
             if name not in self._spectra:
-                self._spectra[name] = _spectrum(self._reference[name])
+                start = self._reference[name].to(weight.device)
+                self._spectra[name] = spectrum if torch.equal(start, weight) else _spectrum(start)
             figures = _figures(weight, spectrum)
             figures["relative_drift"] = relative_drift(weight, self._reference[name])
             figures["spectrum_drift"] = _relative_distance(spectrum, self._spectra[name])

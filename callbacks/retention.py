@@ -73,7 +73,7 @@ class Retention(EveryNEdits):
         # in the checkpoint count more, but they do not know requests that were added to the data since.
         module.model.to(trainer.strategy.root_device)
         with as_found(pl_module):
-            new = self._reference.collect(module.model, Prompter.of(module.model, module.tokenizer), requests)
+            new = self._reference.collect(module.model, module.prompter, requests)
         if new and module.edits_applied:
             rank_zero_warn(
                 f"Retention compares {new} locality probes with the model as it is after {module.edits_applied} edits: "

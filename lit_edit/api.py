@@ -48,6 +48,7 @@ def edit(
     cache_dir: str | Path | None = None,
     seed: int = 0,
     family: Family | None = None,
+    chat_template: bool = False,
 ) -> tuple[nn.Module, Journal]:
     """Edits a model, one batch of requests after another.
 
@@ -57,11 +58,13 @@ def edit(
         requests: the facts to write. All are checked before the first is written.
         method: an editor, or the configuration that describes one.
         batch_size: requests edited together.
-        corpus: texts for key covariances, the path of a text file, or ``embedded``.
+        corpus: texts for key covariances, or the name of a corpus, see `lit_edit.corpora.load_corpus`.
         corpus_tokens: at most so many of their tokens.
         cache_dir: where covariances are kept; the user's cache folder if None.
         seed: of the sampled contexts.
         family: where a model of an unknown kind keeps its parts; the error about such a model proposes one.
+        chat_template: put every prompt into the tokenizer's chat template as the words of a user, with the target as
+            the reply: for instruction-tuned models that are asked in chats.
 
     Returns:
         The edited model (the same object) and the record of edits.
@@ -90,6 +93,8 @@ def edit(
         cache_dir=cache_dir,
         seed=seed,
         family=family,
+        chat_template=chat_template,
+        requests=requests,
     )
     session.check(requests, batch_size)
     for first in range(0, len(requests), batch_size):

@@ -100,10 +100,11 @@ class Architecture:
             ) from error
         for index, (block, projection) in enumerate(zip(blocks, projections, strict=True)):
             weight = getattr(projection, "weight", None)
-            if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or weight.dtype not in EDITABLE_DTYPES:
+            why = _why_not_editable(projection, weight)
+            if why:
                 raise UnsupportedModelError(
-                    f"The down-projection of layer {index} holds no plain floating-point matrix (quantised weights "
-                    "cannot be edited): load the model in float32, bfloat16 or float16."
+                    f"The down-projection of layer {index} holds no plain floating-point matrix ({why}) and cannot "
+                    "be edited: load the model in float32, bfloat16 or float16."
                 )
             self.layers.append(Layer(index, names[id(weight)], block, projection, family.transposed))
 
@@ -129,6 +130,31 @@ class Architecture:
     def device(self) -> torch.device:
         """Where the first editable weight lies."""
         return self.layers[0].weight.device
+
+
+# What libraries hang on a packed weight, or on the layer that scales one, to read it by: bitsandbytes (4 and 8 bits),
+# GPTQ and AWQ, block-wise eight-bit floats, compressed-tensors.
+_PACKING = ("quant_state", "SCB", "CB", "qweight", "qzeros", "weight_scale", "weight_scale_inv")
+
+
+def _why_not_editable(projection: nn.Module, weight: Any) -> str:
+    """Why writing to a weight would not edit what its layer computes; empty if it would.
+
+    The dtype alone does not tell: four-bit weights can be packed into tensors that call themselves bfloat16.
+    """
+    packing = [name for name in _PACKING if any(getattr(part, name, None) is not None for part in (projection, weight))]
+    if packing:
+        return f"quantised: {type(projection).__name__} keeps {packing[0]!r}"
+    if not isinstance(weight, nn.Parameter):
+        return f"{type(projection).__name__} has no parameter `weight`"
+    if weight.dtype not in EDITABLE_DTYPES:
+        return f"quantised: its dtype is {weight.dtype}"
+    # Tensors of other classes look like floats and hold something else, torchao's for instance.
+    if type(weight.data) is not Tensor:
+        return f"it is a {type(weight.data).__name__}, not an ordinary tensor"
+    if weight.ndim != 2:
+        return f"its shape is {tuple(weight.shape)}"
+    return ""
 
 
 def find_family(model: nn.Module) -> Family:

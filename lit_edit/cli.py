@@ -35,7 +35,7 @@ from lit_edit.callbacks import (
     ResultsTable,
     Retention,
 )
-from lit_edit.commands import ask, dry_run, export
+from lit_edit.commands import ask, dry_run, export, statistics
 from lit_edit.configuration import find_config, read_config
 from lit_edit.datamodules import EditDataModule, FactsDataModule
 from lit_edit.editors import Editor, LocateThenEdit
@@ -62,6 +62,9 @@ _COMMANDS = {
     "compare": _Command(comparison.main, comparison.SUMMARY, "train.py compare --configs mose rome"),
     "export": _Command(export.main, export.SUMMARY, "train.py export --run runs/mose/version_0 --out edited-model"),
     "ask": _Command(ask.main, ask.SUMMARY, 'train.py ask --run runs/mose/version_0 "The capital of France is"'),
+    "statistics": _Command(
+        lambda args: statistics.main(args, _ready), statistics.SUMMARY, "train.py statistics --config memit.yaml"
+    ),
 }
 
 
@@ -234,6 +237,19 @@ class EditCLI(LightningCLI):
                         "evaluation": {"definition": "exact_match", "curve": "retention", "locality": "unedited model"},
                     }
                 )
+
+
+class _Unstarted(EditCLI):
+    """Everything that a run needs, and no run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def _ready(args: list[str]) -> tuple[LitEdit, torch.device]:
+    """The module that ``fit`` with these arguments would run, and where it would compute."""
+    made = _Unstarted([*args, "--trainer.logger=false"])
+    return made.model, made.trainer.strategy.root_device
 
 
 class _FactsReview(Callback):

@@ -105,6 +105,28 @@ def cholesky_spd(a: Tensor) -> Tensor:
     return factor
 
 
+def fill_silent(covariance: Tensor) -> Tensor:
+    """A covariance of keys that can be inverted where some inputs never fire.
+
+    A unit of a ReLU network may be zero for every token there is, and more tokens would not help: its row and column
+    are zero, and no solver could invert. On the diagonal it gets a millionth of the others' mean. A key that is zero
+    there, as those of the corpus are, is edited as if the unit did not exist.
+
+    Args:
+        covariance: ``(p, p)``, symmetric positive semi-definite.
+
+    Returns:
+        A copy, or the tensor itself where every input fires, or none does.
+    """
+    diagonal = covariance.diagonal()
+    silent = diagonal == 0
+    if not bool(silent.any()) or bool(silent.all()):
+        return covariance
+    filled = covariance.clone()
+    filled.diagonal()[silent] = 1e-6 * diagonal[~silent].mean()
+    return filled
+
+
 def solve_spd(a: Tensor, b: Tensor) -> Tensor:
     """Solve ``A X = B`` for a symmetric positive definite ``A`` by Cholesky factorisation.
 

@@ -18,7 +18,7 @@ from lit_edit.loading import EMBEDDED, load_model, on_terminal, save_model
 from lit_edit.prompts import Prompter
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
-from lit_edit.statistics import model_fingerprint
+from lit_edit.statistics import COMMAND, model_fingerprint
 
 CHECKPOINT_KEY = "lit_edit"
 
@@ -35,11 +35,14 @@ class LitEdit(L.LightningModule):
         model: ``embedded``, a folder or a hub name; or a loaded model, together with its ``tokenizer``.
         tokenizer: of a loaded model.
         dtype: in which a named model is loaded.
-        corpus: ``embedded`` or a text file, for the key covariances.
+        corpus: over which key covariances are taken, see `lit_edit.corpora.load_corpus`.
         corpus_tokens: at most so many of its tokens.
         cache_dir: where covariances are kept; the user's cache folder if None.
         seed: of the sampled contexts.
+        collect_statistics: whether key covariances and gradients that are not there are collected; an error if not.
         family: where a model of an unknown kind keeps its parts; the error about such a model proposes one.
+        chat_template: put every prompt into the tokenizer's chat template as the words of a user, with the target as
+            the reply: for instruction-tuned models that are asked in chats. Evaluation asks the same way.
 
     Raises:
         ValueError: if a loaded model comes without its tokenizer.
@@ -56,6 +59,8 @@ class LitEdit(L.LightningModule):
         cache_dir: str | None = None,
         seed: int = 0,
         family: Family | None = None,
+        chat_template: bool = False,
+        collect_statistics: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -69,7 +74,7 @@ class LitEdit(L.LightningModule):
             self.model, self.tokenizer = model, tokenizer
         self.model.eval().requires_grad_(False)
         self.corpus, self.corpus_tokens, self.cache_dir, self.context_seed = corpus, corpus_tokens, cache_dir, seed
-        self.family = family
+        self.family, self.collect_statistics, self.chat_template = family, collect_statistics, chat_template
         self.session: EditSession | None = None
         self.last_edits: list[Edit] = []
         self._pending: Plan | None = None
@@ -94,8 +99,10 @@ class LitEdit(L.LightningModule):
 
     @property
     def prompter(self) -> Prompter:
-        """The tokenisation that edits use; for callbacks that ask the model."""
-        return self._session().workspace.prompter
+        """The tokenisation that edits use; for callbacks that ask the model, also before a fit has been set up."""
+        if self.session is None:
+            return Prompter.of(self.model, self.tokenizer, self.chat_template)
+        return self.session.workspace.prompter
 
     def edited_parameters(self) -> dict[str, Tensor]:
         """The matrices that edits may touch, by name; for callbacks that watch them."""
@@ -123,6 +130,10 @@ class LitEdit(L.LightningModule):
             cache_dir=self.cache_dir,
             seed=self.context_seed,
             family=self.family,
+            chat_template=self.chat_template,
+            requests=self._requests(),
+            may_collect=self.collect_statistics,
+            notify=self._announce if self.trainer.is_global_zero else None,
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None and on_terminal(),
         )
         self._fingerprint = model_fingerprint(self.model)
@@ -131,6 +142,10 @@ class LitEdit(L.LightningModule):
         # Without a data module of this project the requests are seen, and checked, batch by batch only.
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
         self.session.check(self._requests(), batch_size)
+
+    @staticmethod
+    def _announce(said: str) -> None:
+        print(f"{said} (`{COMMAND}` with the same options does this beforehand, and goes on if cut.)", flush=True)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """None: the values' own Adam lives and ends within a training step."""
@@ -262,7 +277,7 @@ class LitEdit(L.LightningModule):
             self._originals,
             original=self._fingerprint,
             tolerance=tolerance,
-            method=type(self.editor).__name__,
+            method=type(getattr(self.editor, "solver", self.editor)).__name__,
             edits=self.edits_applied,
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_edit.requests import EditRequest, RequestError
 
+_LONGEST_LETTER = 4  # in code points, of those that can be composed into one
 CONTEXT_SEEDS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -226,6 +227,8 @@ class Prompter:
                 empty.
         """
         subject = None if subject is None else subject.rstrip()  # a space after it belongs to the next word's token
+        if target and not target.strip():
+            raise RequestError(f"{source or 'request'}, field 'target_new': {target!r} is nothing but white space.")
         lead = 0 if self.frame.special else len(prompt) - len(prompt.lstrip())
         text, at, prompt, target = self._layout(prompt, target)
         offset = max(0, offset - lead)
@@ -281,8 +284,18 @@ def check_requests(requests: Sequence[EditRequest], prompter: Prompter) -> None:
     Raises:
         RequestError: names the first record that does not fit the model.
     """
+    unknown = prompter.tokenizer.unk_token_id
+    if unknown == prompter.tokenizer.eos_token_id:  # some name one token for both, and never need it for words
+        unknown = None
     for request in requests:
-        prompter.row(request.prompt, request.target_new, request.subject, request.source)
+        row = prompter.row(request.prompt, request.target_new, request.subject, request.source)
+        parts = {"target_new": row.ids[row.target_start :], "subject": row.ids[row.subject_last :][:1]}
+        for field, ids in parts.items():
+            if unknown is not None and unknown in ids:
+                raise RequestError(
+                    f"{request.source or 'request'}, field '{field}': the tokenizer knows no token for a part of "
+                    f"{getattr(request, field)!r} and puts {prompter.tokenizer.unk_token!r} there."
+                )
 
 
 @torch.no_grad()
@@ -334,11 +347,16 @@ def _occurrence(text: str, words: str, offset: int, first: bool) -> int:
 
 def _last_token(text: str, offsets: Sequence[tuple[int, int]], begin: int, end: int) -> int:
     """The token that a part of a text ends in, or -1."""
-    for last in range(end, begin, -1):
+    # A tokenizer that composes a letter from its parts, or drops its marks, counts the place of the first only.
+    letter = end - 1
+    while letter > begin and _extends(text[letter]):
+        letter -= 1
+    parts = range(max(begin, end - _LONGEST_LETTER), letter)
+    letter = next((at for at in parts if len(unicodedata.normalize("NFC", text[at:end])) == 1), letter)
+    for last in range(end, letter, -1):
         # A letter may be several tokens (bytes) with the same offsets: the last of them ends the part.
         found = max((i for i, (a, b) in enumerate(offsets) if a < last <= b), default=-1)
-        # A tokenizer that composes letter and marks, or drops the marks, counts the letter's own place only.
-        if found >= 0 or not (_extends(text[last - 1]) or len(unicodedata.normalize("NFC", text[last - 2 : end])) == 1):
+        if found >= 0:
             return found
     return -1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.architectures import Family
-from lit_edit.editors import Editor, Plan
+from lit_edit.editors import Applied, Editor, Plan
 from lit_edit.evaluation import score_targets
 from lit_edit.journal import Edit, Journal
+from lit_edit.linalg import fill_silent
 from lit_edit.prompts import check_requests, sample_contexts
 from lit_edit.requests import EditRequest
-from lit_edit.statistics import covariances, gradients
+from lit_edit.statistics import GRADIENTS, KEY_COVARIANCES, Kind, Statistics
 from lit_edit.workspace import Workspace
+
+TOLERATED_ROUNDING = 0.5  # of a change's norm; beyond it what is stored is rather noise than the edit
 
 
 def cache_folder() -> Path:
@@ -25,6 +29,40 @@ def cache_folder() -> Path:
     if "LIT_EDIT_CACHE" in os.environ:
         return Path(os.environ["LIT_EDIT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lit_edit"
+
+
+def statistics_of(
+    kind: Kind,
+    workspace: Workspace,
+    layers: Sequence[int],
+    corpus: Iterable[str],
+    corpus_name: str,
+    corpus_tokens: int,
+    cache_dir: str | Path | None = None,
+) -> Statistics:
+    """The statistics of one kind that editing some layers of a model needs, whether they are there or not.
+
+    Args:
+        kind: `KEY_COVARIANCES` or `GRADIENTS`.
+        workspace: of the model before the first edit.
+        layers: indices of blocks.
+        corpus: as in `EditSession`.
+        corpus_name: as in `EditSession`.
+        corpus_tokens: as in `EditSession`.
+        cache_dir: as in `EditSession`.
+    """
+    parts = [workspace.architecture[layer] for layer in layers]
+    return Statistics(
+        kind,
+        workspace.model,
+        workspace.tokenizer,
+        corpus,
+        corpus_name,
+        {part.name: part.projection for part in parts},
+        cache_folder() if cache_dir is None else cache_dir,
+        max_tokens=corpus_tokens,
+        sequence_length=min(256, workspace.prompter.max_length),
+    )
 
 
 class EditSession:
@@ -41,7 +79,12 @@ class EditSession:
         cache_dir: where artefacts are kept; `cache_folder` if None.
         seed: of the sampled contexts.
         progress: show a bar while statistics are collected.
+        may_collect: whether statistics that are not there are collected; an error if not.
+        notify: told how long it will take to collect them, if that is more than a minute.
         family: where a model of an unknown kind keeps its parts.
+        chat_template: put every prompt into the tokenizer's chat template, see `lit_edit.prompts.chat_frame`.
+        requests: those to come, as far as they are known: what does not fit the model is reported before statistics
+            are collected.
 
     Attributes:
         prepared: seconds that were spent before the first edit, on ``contexts`` and ``statistics``.
@@ -62,11 +105,17 @@ class EditSession:
         seed: int = 0,
         progress: bool = False,
         family: Family | None = None,
+        chat_template: bool = False,
+        requests: Sequence[EditRequest] = (),
+        may_collect: bool = True,
+        notify: Callable[[str], None] | None = None,
     ) -> None:
         model.eval().requires_grad_(False)
         self.editor = editor
-        self.workspace = Workspace.of(model, tokenizer, family=family)
+        self.workspace = Workspace.of(model, tokenizer, family=family, chat_template=chat_template)
         self.journal = Journal()
+        self._warned_of_rounding = False
+        check_requests(requests, self.workspace.prompter)
         layers = editor.editable_layers(self.workspace)
         self.editable = [self.workspace.architecture[layer] for layer in layers]
         number, length = editor.context_sampling
@@ -75,27 +124,19 @@ class EditSession:
             with watch.measure("contexts"):
                 self.workspace.contexts = sample_contexts(model, self.workspace.prompter, number, length, seed)
         if editor.needs_covariances or editor.needs_gradients:
-            texts = list(corpus)  # may be a stream, and is read once for each statistic
+            texts = list(corpus) if iter(corpus) is corpus else corpus  # it is read once for each statistic
 
-            def over_corpus(collect: Callable[..., dict[str, Tensor]]) -> dict[int, Tensor]:
-                found = collect(
-                    model,
-                    tokenizer,
-                    texts,
-                    corpus_name,
-                    {part.name: part.projection for part in self.editable},
-                    cache_folder() if cache_dir is None else cache_dir,
-                    max_tokens=corpus_tokens,
-                    sequence_length=min(256, self.workspace.prompter.max_length),
-                    progress=progress,
-                )
+            def over_corpus(kind: Kind) -> dict[int, Tensor]:
+                asked = statistics_of(kind, self.workspace, layers, texts, corpus_name, corpus_tokens, cache_dir)
+                found = asked.get(progress=progress, may_collect=may_collect, notify=notify)
                 return {part.index: found[part.name] for part in self.editable}
 
             with watch.measure("statistics"):
                 if editor.needs_covariances:
-                    self.workspace.covariances = over_corpus(covariances)
+                    found = over_corpus(KEY_COVARIANCES)
+                    self.workspace.covariances = {layer: fill_silent(c) for layer, c in found.items()}
                 if editor.needs_gradients:
-                    self.workspace.gradients = over_corpus(gradients)
+                    self.workspace.gradients = over_corpus(GRADIENTS)
         if editor.needs_originals:
             self.workspace.originals = {part.index: part.weight.clone() for part in self.editable}
         self.prepared = watch.take()  # and the first edit's own seconds begin at nothing
@@ -125,9 +166,10 @@ class EditSession:
         watch = self.workspace.stopwatch
         with watch.measure("other"):
             applied = self.editor.apply(self.workspace, plan)
-        change: dict[int, float] = {}
+        own: dict[int, Applied] = {}
         for item in applied:  # the edit's own update comes first, what restrains the sum of all of them after it
-            change.setdefault(item.layer, item.relative_change)
+            own.setdefault(item.layer, item)
+        self._warn_of_rounding(own.values())
         rows = [self.workspace.prompter.row(r.prompt, r.target_new) for r in plan.requests]
         with watch.measure("score"):
             p_target = score_targets(self.workspace.model, self.workspace.prompter, rows).log_prob.exp().tolist()
@@ -145,13 +187,28 @@ class EditSession:
                 p_value=plan.probability[i],
                 p_target=p_target[i],
                 steps=plan.steps[i],
-                change={str(layer): change[layer] for layer in plan.layers[i]},
+                change={str(layer): own[layer].relative_change for layer in plan.layers[i]},
                 seconds=sum(stages.values()),
                 stages=stages,
+                rounding={str(layer): own[layer].rounding for layer in plan.layers[i]},
             )
             self.journal.add(request, edit)
             edits.append(edit)
         return edits
+
+    def _warn_of_rounding(self, applied: Iterable[Applied]) -> None:
+        """Says once that edits are lost to the weights' precision, which nothing else would show."""
+        worst = max(applied, key=lambda item: item.rounding, default=None)
+        if worst is None or worst.rounding <= TOLERATED_ROUNDING or self._warned_of_rounding:
+            return
+        self._warned_of_rounding = True
+        dtype = str(self.workspace.architecture[worst.layer].weight.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"Edit {len(self.journal) + 1}: rounding to {dtype} took {worst.rounding:.0%} of the change of layer "
+            f"{worst.layer}, which is {worst.relative_change:.1e} of the weight. Load the model in float32 to write "
+            "such small changes; the journal has `rounding` for every edit.",
+            stacklevel=2,
+        )
 
     def finish(self) -> None:
         """Does what the editor does once, when no more edits follow (PRUNE). More edits may follow all the same."""

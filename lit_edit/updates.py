@@ -47,8 +47,8 @@ class Update(ABC):
         """Change ``weight (d, p)`` in place: computed in float64, rounded once to the weight's dtype.
 
         Returns:
-            What rounding took of the change: ``‖W_stored − W_exact‖_F / ‖W_exact − W_old‖_F``, from 0 to 1. As ``W_old``
-            is one of the numbers that can be stored, no entry is rounded by more than it was to change: 1 says that
+            What rounding took of the change: ``‖W_stored − W_exact‖_F / ‖W_exact − W_old‖_F``, from 0 to 1. The entries
+            of ``W_old`` are numbers that can be stored, so none is rounded by more than it was to change: 1 says that
             nothing was written. 0 for an update that changes nothing.
 
         Raises:

@@ -39,10 +39,24 @@ class Workspace:
 
     @classmethod
     def of(
-        cls, model: nn.Module, tokenizer: Any, contexts: Sequence[str] = ("{}",), family: Family | None = None
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        contexts: Sequence[str] = ("{}",),
+        family: Family | None = None,
+        chat_template: bool = False,
     ) -> Workspace:
-        """Binds a model and its tokenizer; ``family`` says where a model of an unknown kind keeps its parts."""
-        return cls(model, tokenizer, Architecture(model, family), Prompter.of(model, tokenizer), list(contexts))
+        """Binds a model and its tokenizer.
+
+        Args:
+            model: a causal language model of `transformers`.
+            tokenizer: its fast tokenizer.
+            contexts: as above.
+            family: where a model of an unknown kind keeps its parts.
+            chat_template: put every prompt into the tokenizer's chat template, see `lit_edit.prompts.chat_frame`.
+        """
+        prompter = Prompter.of(model, tokenizer, chat_template)
+        return cls(model, tokenizer, Architecture(model, family), prompter, list(contexts))
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ FactsDataModule`` after a configuration with ``n_edits: 100`` wants ``--data.n_e
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,16 +19,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_examples import PLACES, write_corpus, write_facts
+from conftest import tiny_tokenizer
+from run_examples import PLACES, quick_editor, write_corpus, write_facts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
-from lit_edit import load_editor, load_model
+from lit_edit import EditRequest, edit, load_editor, load_model
+from lit_edit.architectures import Family
 from lit_edit.cli import EditCLI, describe, main
 from lit_edit.evaluation import score_targets
+from lit_edit.layers import FixedLayers
 from lit_edit.prompts import Prompter
 from lit_edit.requests import RequestError
 from lit_edit.results import read_results
+from lit_edit.solvers import ROME
 
 Folder = Callable[[str], Path]
 Errors = pytest.CaptureFixture[str]
@@ -216,8 +221,8 @@ def test_overrides_take_effect(arguments: Command, tmp_path: Path) -> None:
 
 
 def test_a_long_path_through_init_args_is_the_same(arguments: Command, tmp_path: Path) -> None:
-    cli = EditCLI([*arguments(), "--model.editor.init_args.layers.init_args.layers=[3]", "--data.n_edits=1"])
-    assert [e.layers for e in cli.model.journal] == [[3]]
+    cli = EditCLI([*arguments(), "--model.editor.init_args.layers.init_args.layers=[0]", "--data.n_edits=1"])
+    assert [e.layers for e in cli.model.journal] == [[0]]
 
 
 def test_downstream_tasks_and_switching_the_logger_off(
@@ -475,9 +480,9 @@ def test_a_broken_or_foreign_checkpoint(arguments: Command, refused: Refused, tm
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ([], 'expected "subcommand" to be one of {fit,compare}'),
+        ([], 'expected "subcommand" to be one of {fit,compare,'),
         (["fit"], "the following arguments are required: fit.model.editor, fit.data (a configuration has them:"),
-        (["fitt"], "invalid choice: 'fitt' (choose from 'fit', 'compare')"),
+        (["fitt"], "invalid choice: 'fitt' (choose from 'fit', 'compare', "),
     ],
 )
 def test_without_a_configuration(refused: Refused, command: list[str], message: str) -> None:
@@ -498,3 +503,49 @@ def test_the_traceback_can_be_had(arguments: Command, monkeypatch: pytest.Monkey
     monkeypatch.setenv("LIT_EDIT_TRACEBACK", "1")
     with pytest.raises(RequestError, match="there is no such file"):
         main(arguments(data="nowhere.json"))
+
+
+# Models of unknown kinds
+
+
+def test_a_model_of_an_unknown_kind_is_edited_once_its_parts_are_confirmed(
+    arguments: Command, refused: Refused, tmp_path: Path
+) -> None:
+    """The very words of the error, given as an option."""
+    folder, tokenizer = tmp_path / "bloom", tiny_tokenizer(bos=False)
+    config = BloomConfig(
+        hidden_size=32, n_layer=4, n_head=4, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=1
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for part in (AutoModelForCausalLM.from_config(config), tokenizer):
+            part.save_pretrained(folder)
+    command = [*arguments("rome"), "--model.model", str(folder)]
+    said = refused(command)
+    assert "'bloom' are not described yet" in said
+    (option,) = shlex.split(said[said.index("confirm it: ") + len("confirm it: ") :].rstrip("."))
+    assert refused([*command, "--dry_run"]) == said
+    assert main([*command, option, "--dry_run"]) == 0
+    assert main([*command, option]) == 0
+    run = tmp_path / "rome" / "version_0"
+    assert len(edits(run)) == 3
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["family"]["down_projection"]
+    before, after = (load_model(str(place))[0].state_dict() for place in (folder, run / "model"))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [
+        "transformer.h.1.mlp.dense_4h_to_h.weight"
+    ]
+
+
+def test_edit_takes_a_family_too() -> None:
+    tokenizer = tiny_tokenizer(bos=False)
+    config = BloomConfig(
+        hidden_size=16, n_layer=2, n_head=2, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model, editor = AutoModelForCausalLM.from_config(config), quick_editor("rome")
+    editor.layers, editor.solver = FixedLayers([0]), ROME(covariance=False)
+    fact = EditRequest("1", "The capital of France is", "France", "Lyon")
+    with pytest.raises(ValueError, match="not described yet"):
+        edit(model, tokenizer, [fact], editor)
+    family = Family("transformer.h", "mlp.dense_4h_to_h")
+    assert len(edit(model, tokenizer, [fact], editor, family=family)[1]) == 1

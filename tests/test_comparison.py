@@ -6,8 +6,10 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -22,7 +24,7 @@ from run_examples import write_corpus, write_facts
 from lit_edit.cli import main
 from lit_edit.comparison.figure import draw, style
 from lit_edit.comparison.processes import Process, Progress, clock, run_all, threads_per_run
-from lit_edit.comparison.runs import ASKED, CHECKPOINT, EDITS, Run, State, differences, plan
+from lit_edit.comparison.runs import ASKED, CHECKPOINT, EDITS, LOG, Run, State, differences, plan
 from lit_edit.comparison.tables import Comparison, Measured, Spread, measured, quantities
 from lit_edit.results import write_json_atomically
 
@@ -450,3 +452,31 @@ def test_an_interruption_leaves_no_process_behind(run: Run, monkeypatch: pytest.
         run_all([run], 1, 1, Console(file=StringIO()))
     assert [process.poll() is not None for process in started] == [True]
     assert (run.folder / ASKED).is_file()
+
+
+def test_being_told_to_end_ends_the_runs_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM, as a scheduler sends it; what handled the signal before handles it again afterwards."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen, sleep = subprocess.Popen, time.sleep
+
+    def spy(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+        deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); "
+        program = f"import signal, time; {deaf if started else ''}time.sleep(60)"
+        started.append(popen([sys.executable, "-c", program], **settings))
+        return started[-1]
+
+    def told(seconds: float) -> None:
+        sleep(0.01)
+        if len(started) == 2 and b"on" in (runs[1].folder / LOG).read_bytes():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    runs = [run, replace(run, folder=run.folder.with_name("other"))]
+    monkeypatch.setattr("lit_edit.comparison.processes.subprocess.Popen", spy)
+    monkeypatch.setattr("lit_edit.comparison.processes.time.sleep", told)
+    monkeypatch.setattr("lit_edit.comparison.processes._GRACE", 0.2)  # for the one that does not listen
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run_all(runs, 2, 1, Console(file=StringIO()))
+    assert end.value.code == 128 + signal.SIGTERM
+    assert [process.poll() for process in started] == [-signal.SIGTERM, -signal.SIGKILL]
+    assert signal.getsignal(signal.SIGTERM) is before

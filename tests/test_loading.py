@@ -1,4 +1,4 @@
-"""Models, tokenizers and corpora by name, and errors that say what to do."""
+"""Models and tokenizers by name, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -78,21 +78,6 @@ def test_code_that_comes_with_a_model_is_not_run(tiny_folder: Folder, tmp_path: 
     with pytest.raises(LoadingError, match="own' cannot be loaded"):
         load_model(str(folder))
     assert not (tmp_path / "ran").exists()
-
-
-def test_corpora(tmp_path: Path) -> None:
-    path = tmp_path / "corpus.txt"
-    path.write_text("One text.\n\n  \nAnother, in Zürich.\n", encoding="utf-8")
-    assert load_corpus(str(path)) == ["One text.", "Another, in Zürich."]
-    assert len(load_corpus()) > 100
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(LoadingError, match=r"corpus\.txt' cannot be read"):
-        load_corpus(str(path))
-    path.write_text(" \n")
-    with pytest.raises(LoadingError, match=r"corpus\.txt' holds no text"):
-        load_corpus(str(path))
-    with pytest.raises(LoadingError, match=r"'nowhere\.txt' cannot be read"):
-        load_corpus("nowhere.txt")
 
 
 def test_the_embedded_files_are_found() -> None:

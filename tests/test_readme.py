@@ -27,8 +27,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     """The lines of all shell blocks, comments left out."""
-    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    return [line for block in blocks("bash") for line in lines(block)]
 
 
 def run(command: list[str], cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -37,13 +36,28 @@ def run(command: list[str], cwd: Path, **kwargs: object) -> subprocess.Completed
     return done
 
 
+def smaller(arguments: list[str]) -> list[str]:
+    """A command of train.py with smaller numbers; what stands later on the line counts."""
+    if arguments[0] == "compare":
+        return [
+            *arguments,
+            "--configs",
+            "rome",
+            "--n_edits",
+            "2",
+            "--at",
+            "2",
+            "--seeds",
+            "0",
+            "--downstream.n_items=0",
+        ]
+    if arguments[0] == "fit" and "--print_config" not in arguments and "--dry_run" not in arguments:
+        return [*arguments, *SMALLER]
+    return arguments
+
+
 def train(arguments: list[str], tmp_path: Path) -> None:
-    small = list(SMALLER)
-    if "--print_config" in arguments:
-        small = []
-    else:
-        small.append(f"--trainer.default_root_dir={tmp_path / 'runs'}")
-    run([sys.executable, str(REPOSITORY / "train.py"), *arguments, *small], tmp_path)
+    run([sys.executable, str(REPOSITORY / "train.py"), *smaller(arguments)], tmp_path)
 
 
 def test_the_readme_has_the_two_commands_that_set_everything_up() -> None:
@@ -63,17 +77,27 @@ def test_make_creates_the_environment_and_installs_first(target: str) -> None:
     assert order[-1] < last
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "train.py" in c])
-def test_every_training_command_runs(command: str, tmp_path: Path) -> None:
-    for preparation in (c for c in commands() if c.startswith("printf")):
-        run(["bash", "-c", preparation], tmp_path)
-    words = shlex.split(command)
-    assert words[:2] == [".venv/bin/python", "train.py"]
-    train(words[2:], tmp_path)
+def lines(block: str) -> list[str]:
+    """The commands of a block, without comments."""
+    found = [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in found if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("block", [b for b in blocks("bash") if "train.py" in b], ids=lambda b: lines(b)[0][:60])
+def test_every_block_of_commands_runs_in_order(block: str, tmp_path: Path) -> None:
+    for line in lines(block):
+        words = shlex.split(line)
+        if words[:2] == [".venv/bin/python", "train.py"]:
+            train(words[2:], tmp_path)
+        elif words[:2] == [".venv/bin/python", "-c"]:
+            run([sys.executable, *words[1:]], tmp_path)
+        else:
+            assert words[0] == "printf", line
+            run(["bash", "-c", line], tmp_path)
 
 
 def test_every_other_command_is_known() -> None:
-    rest = [c for c in commands() if "train.py" not in c and not c.startswith("printf")]
+    rest = [c for c in commands() if not c.startswith((".venv/bin/python train.py", ".venv/bin/python -c", "printf"))]
     assert rest == ["make run", "make test", ".venv/bin/tensorboard --logdir runs"]
 
 

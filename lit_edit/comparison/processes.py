@@ -141,12 +141,14 @@ def _told_to_end() -> Iterator[Callable[[], bool]]:
 
 
 def _wait(popen: subprocess.Popen[bytes]) -> None:
-    """Until a run has ended that was told to; then ends it."""
+    """Until a run has ended that was told to; ends it after a while, or at a second interruption."""
+    impatient = threading.Timer(_GRACE, popen.kill)
+    impatient.start()
     try:
-        popen.wait(_GRACE)
-    except subprocess.TimeoutExpired:
-        popen.kill()
         popen.wait()
+    finally:
+        popen.kill()  # of a process that has ended this does nothing
+        impatient.cancel()
 
 
 def _kept(run: Run, state: State) -> int:

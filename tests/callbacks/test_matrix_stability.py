@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lit_edit.callbacks import MatrixStability, matrix_figures, relative_drift
+from lit_edit.callbacks import MatrixStability, matrix_figures, relative_drift, spectrum_drift
 from torch import nn
 
 from lit_edit.results import ResultsLogger
@@ -31,6 +31,7 @@ def expected(weight: torch.Tensor, start: torch.Tensor) -> dict[str, float]:
         "smallest_singular_value": torch.linalg.norm(weight, ord=-2).item(),
         "condition_number": torch.linalg.cond(weight).item(),
         "relative_drift": torch.dist(weight, start).item() / start.norm().item(),
+        "spectrum_drift": (torch.linalg.svd(weight).S - torch.linalg.svd(start).S).norm().item() / start.norm().item(),
     }
 
 
@@ -61,7 +62,8 @@ def test_ordinary_fine_tuning_is_measured(regression, make_trainer, vector_loade
         weights = snapshots.taken[record["edits"]]
         by_name = {name: expected(weights[name], snapshots.taken[0][name]) for name in ("net.0.weight", "net.3.weight")}
         flat = {f"stability/{n}/{figure}": value for n, figures in by_name.items() for figure, value in figures.items()}
-        flat["stability/worst_condition_number"] = max(f["condition_number"] for f in by_name.values())
+        for figure in ("condition_number", "spectrum_drift"):
+            flat[f"stability/worst_{figure}"] = max(f[figure] for f in by_name.values())
         for figure in ("frobenius_norm", "relative_drift"):
             flat[f"stability/mean_{figure}"] = sum(f[figure] for f in by_name.values()) / 2
         assert record == pytest.approx({"edits": record["edits"], **flat}, rel=1e-9, abs=1e-12)
@@ -187,7 +189,8 @@ class TestFigures:
     def test_against_other_definitions(self):
         weight = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
         start = weight + 0.1
-        figures = {**matrix_figures(weight), "relative_drift": relative_drift(weight, start)}
+        drift = {"relative_drift": relative_drift(weight, start), "spectrum_drift": spectrum_drift(weight, start)}
+        figures = {**matrix_figures(weight), **drift}
         assert figures == pytest.approx(expected(weight, start), rel=1e-10)
 
     def test_orientation_does_not_matter(self):
@@ -217,6 +220,7 @@ class TestFigures:
         figures = callback.measure(make_trainer(), regression, 0)
         assert math.isnan(figures["stability/worst_condition_number"])
         assert math.isnan(figures["stability/mean_relative_drift"])
+        assert math.isnan(figures["stability/worst_spectrum_drift"])
         assert math.isfinite(figures["stability/net.0.weight/condition_number"])
 
     @pytest.mark.parametrize("shape", [(3,), (2, 2, 2), (0, 4)])
@@ -228,6 +232,37 @@ class TestFigures:
         assert relative_drift(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
         assert relative_drift(torch.ones(2, 2), torch.zeros(2, 2)) == math.inf
 
+    def test_the_spectrum_of_a_turned_matrix_drifts_by_rounding_only(self):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(24, 40, generator=generator)
+        q = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64)).Q
+        for dtype, unit in (
+            (torch.float64, 1e-16),
+            (torch.float32, 6e-8),
+            (torch.float16, 5e-4),
+            (torch.bfloat16, 4e-3),
+        ):
+            start = weight.to(dtype)
+            turned = (q @ start.double()).to(dtype)
+            assert relative_drift(turned, start) > 1
+            assert spectrum_drift(turned, start) < 10 * unit
+            if dtype != torch.float64:
+                assert spectrum_drift(turned, start) > unit / 100
+
+    def test_no_spectrum_drifts_farther_than_its_matrix(self):
+        generator = torch.Generator().manual_seed(1)
+        for size in (1e-3, 1.0, 1e3):
+            weight = torch.randn(6, 9, generator=generator, dtype=torch.float64)
+            moved = weight + size * torch.randn(6, 9, generator=generator, dtype=torch.float64)
+            assert 0 < spectrum_drift(moved, weight) <= relative_drift(moved, weight) * (1 + 1e-12)
+        assert spectrum_drift(3 * weight, weight) == pytest.approx(2, rel=1e-12)
+
+    def test_drift_from_a_reference_that_is_not_finite(self):
+        assert math.isnan(spectrum_drift(torch.eye(2), torch.full((2, 2), math.inf)))
+        assert math.isnan(relative_drift(torch.eye(2), torch.full((2, 2), math.nan)))
+
     def test_drift_needs_one_shape(self):
         with pytest.raises(ValueError, match="shapes differ"):
             relative_drift(torch.ones(2, 2), torch.ones(2, 3))
+        with pytest.raises(ValueError, match="matrices of one shape"):
+            spectrum_drift(torch.ones(2, 2), torch.ones(2, 3))

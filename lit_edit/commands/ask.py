@@ -1,0 +1,184 @@
+"""``python train.py ask``: what a model answers before and after its edits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lit_edit.commands.options import Parser
+from lit_edit.commands.runs import EditedRun
+from lit_edit.datamodules import FactsDataModule
+from lit_edit.evaluation import greedy, score_targets
+from lit_edit.loading import EMBEDDED, load_model
+from lit_edit.prompts import Prompter
+from lit_edit.requests import EditRequest
+
+SUMMARY = "Ask the model before and after its edits, and show which facts hold."
+
+_DESCRIPTION = """\
+Asks the original and the edited model the same, greedily, and shows both answers. Prompts are read from standard input,
+one a line, if there are neither prompts nor facts."""
+
+_EPILOG = """\
+With --facts every fact of a file is asked and judged as `fit` judges it: it holds if every token of the new answer is
+the most likely one.
+
+  python train.py ask --run runs/mose/version_0 "The capital of France is"
+  python train.py ask --run runs/mose/version_0 --facts facts.csv
+  python train.py ask --model edited-model --original embedded < prompts.txt"""
+
+
+_MORE = 3  # tokens of an answer beyond those of the answer wanted: other words may be cut into more
+
+
+@dataclass
+class Answers:
+    """What one model answers: a text for each prompt and fact, and whether each fact holds."""
+
+    prompts: list[str] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    holds: list[bool] = field(default_factory=list)
+
+
+def answer(
+    model: nn.Module, prompter: Prompter, prompts: Sequence[str], facts: Sequence[EditRequest], max_new_tokens: int
+) -> Answers:
+    """Asks a model, greedily; about a fact a few tokens more than its new answer has.
+
+    Raises:
+        ValueError: if a prompt does not fit the model.
+    """
+    said = Answers()
+    decode = prompter.tokenizer.decode
+    room = [prompter.max_length - len(prompter.row(prompt).ids) for prompt in prompts]
+    lengths = [max(0, min(max_new_tokens, left)) for left in room]
+    said.prompts = [decode(ids).strip() for ids in greedy(model, prompter, prompts, lengths)]
+    if facts:
+        rows = [prompter.row(fact.prompt, fact.target_new, source=fact.source) for fact in facts]
+        asked = [fact.prompt for fact in facts]
+        long = [min(len(row.ids) - row.target_start + _MORE, prompter.max_length - row.target_start) for row in rows]
+        said.facts = [decode(ids).strip() for ids in greedy(model, prompter, asked, long)]
+        said.holds = score_targets(model, prompter, rows).exact.tolist()
+    return said
+
+
+def prompts_table(prompts: Sequence[str], before: Answers, after: Answers) -> Table:
+    """Prompts with both answers; line breaks within an answer are shown as such."""
+    table = Table("prompt", "before", "after", show_lines=False)
+    for prompt, one, other in zip(prompts, before.prompts, after.prompts, strict=True):
+        table.add_row(*map(_cell, (prompt, one, other)))
+    return table
+
+
+def facts_table(facts: Sequence[EditRequest], before: Answers, after: Answers) -> Table:
+    """Facts with both answers, what was wanted, and whether it holds; the caption counts."""
+    n, held = len(facts), sum(after.holds)
+    table = Table(
+        title=f"{held} of {n} facts hold; {sum(before.holds)} held before the edits",
+        title_justify="left",
+    )
+    for name in ("case", "prompt", "wanted", "before", "after", "holds"):
+        table.add_column(name, overflow="fold")
+    for i, fact in enumerate(facts):
+        holds = ("yes" if after.holds[i] else "no") + (" (as before)" if after.holds[i] and before.holds[i] else "")
+        cells = (fact.case_id, fact.prompt, fact.target_new, before.facts[i], after.facts[i], holds)
+        table.add_row(*map(_cell, cells))
+    return table
+
+
+def _cell(text: str) -> Text:
+    """As it is, brackets in it being no markup; what cannot be seen as Python writes it."""
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def parser() -> Parser:
+    """The options of ``ask``."""
+    options = Parser("ask", _DESCRIPTION, _EPILOG)
+    options.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to ask")
+    options.add_argument("--run", type=Path, metavar="FOLDER", help="the run whose edits to look at")
+    options.add_argument("--ckpt_path", type=Path, metavar="FILE", help="a checkpoint other than the run's own")
+    options.add_argument("--model", metavar="MODEL", help="an edited model, instead of a run: a folder or a hub name")
+    options.add_argument(
+        "--original", metavar="MODEL", help="the unedited model (default: the run's; with --model, the embedded one)"
+    )
+    options.add_argument("--dtype", default="float32", help="of --model and its original (default: %(default)s)")
+    options.add_argument(
+        "--chat_template",
+        action="store_true",
+        help="put prompts into the chat template of --model; with --run, they are if they were in the run",
+    )
+    options.add_argument("--facts", type=Path, metavar="FILE", help="facts to ask for: a file as FactsDataModule reads")
+    options.add_argument(
+        "--max_new_tokens", type=int, default=12, help="length of the answers to prompts (default: %(default)s)"
+    )
+    options.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+    return options
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"ask: there is no device {name!r} here.") from error
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Asks both models, one after the other, and prints what they say. Returns 0.
+
+    Args:
+        args: the options, without the word ``ask``; those of the process after it if None.
+
+    Raises:
+        ValueError: if there is nothing to ask, or nobody to be asked.
+    """
+    given = parser().parse_args(list(sys.argv[2:] if args is None else args))
+    run = given.run is not None or given.ckpt_path is not None
+    if run == (given.model is not None):
+        raise ValueError("ask: which model? Either --run runs/mose/version_0 or --model edited-model.")
+    if given.max_new_tokens < 1:
+        raise ValueError(f"ask: --max_new_tokens is {given.max_new_tokens}; it must be at least 1.")
+    facts: list[EditRequest] = []
+    if given.facts is not None:
+        data = FactsDataModule(str(given.facts))
+        data.setup("fit")
+        facts = data.requests
+    prompts = [prompt for prompt in given.prompts if prompt.strip()]
+    if not prompts and not facts:
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts and not facts:
+        raise ValueError("ask: nothing is asked: give prompts, --facts, or lines on standard input.")
+
+    _check_device(given.device)
+
+    def asked(model: nn.Module, prompter: Prompter) -> Answers:
+        return answer(model, prompter, prompts, facts, given.max_new_tokens)
+
+    if run:
+        edited = EditedRun.find(given.run, given.ckpt_path, given.original)
+        model, tokenizer = edited.load()
+        model.to(given.device)
+        prompter = Prompter.of(model, tokenizer, edited.chat_template)
+        before = asked(model, prompter)
+        edited.apply(model)
+        after = asked(model, prompter)
+    else:
+        answers = []
+        for name in (given.original or EMBEDDED, given.model):
+            model, tokenizer = load_model(name, given.dtype, given.device)
+            answers.append(asked(model.eval(), Prompter.of(model, tokenizer, given.chat_template)))
+            del model  # there need not be room for both
+        before, after = answers
+    console = Console(highlight=False)
+    if prompts:
+        console.print(prompts_table(prompts, before, after))
+    if facts:
+        console.print(facts_table(facts, before, after))
+    return 0
