@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lit_edit.linalg import singular_values
+
 from .every_n import EveryNEdits, count_edits
 
 _NAMES_SHOWN = 8
@@ -52,7 +54,7 @@ def _spectrum(weight: Tensor) -> Tensor:
     matrix = _in_double(weight)
     if not bool(torch.isfinite(matrix).all()):
         return torch.full((min(matrix.shape),), math.nan, dtype=torch.float64)
-    return torch.linalg.svdvals(matrix).cpu()
+    return singular_values(matrix).cpu()
 
 
 def _figures(weight: Tensor, singular_values: Tensor) -> dict[str, float]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lit_edit.linalg import thin_svd
 from lit_edit.statistics import model_fingerprint
 
 FORMAT_VERSION = 1
@@ -170,7 +171,7 @@ def _applied(before: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def _thin(before: Tensor, now: Tensor, tolerance: float) -> tuple[Tensor, Tensor, float] | None:
     """The change as float32 factors of the least rank within the tolerance, or None where they take more room."""
-    u, s, vt = torch.linalg.svd(now.double() - before.double(), full_matrices=False)
+    u, s, vt = thin_svd(now.double() - before.double())
     length = float(now.double().norm())
     left_out = s.square().flip(0).cumsum(0).flip(0).sqrt()  # what all singular values from each on amount to
     rank = int((left_out > 0.5 * tolerance * length).sum())  # the other half is for rounding

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
+_GRAM_RATIO = 1e-6  # smallest over largest eigenvalue of a Gram matrix that is still accurate enough
+_SPARE = 8  # columns of a random subspace beyond the rank looked for
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -198,6 +200,89 @@ def null_space_projector(
     return basis @ basis.T, dimension
 
 
+def singular_values(matrix: Tensor) -> Tensor:
+    """All singular values of a matrix, descending, several times faster than by its SVD.
+
+    From the eigenvalues of the smaller Gram matrix where the condition number is below 1,000: every value is then
+    accurate to 1e-9, relative to itself. Elsewhere from the triangular factor of a QR factorisation, to rounding
+    relative to the largest.
+
+    Args:
+        matrix: ``(d, p)``, any floating dtype.
+
+    Returns:
+        ``(min(d, p),)`` in float64, on the device of the matrix.
+
+    Raises:
+        ValueError: if it is not a matrix or holds values that are not finite.
+    """
+    matrix = _double_matrix(matrix, "The matrix")
+    tall = matrix.T if matrix.shape[0] < matrix.shape[1] else matrix
+    gram = tall.T @ tall
+    if gram.numel() and bool(torch.isfinite(gram).all()):
+        squares = torch.linalg.eigvalsh(gram)
+        if float(squares[0]) > _GRAM_RATIO * float(squares[-1]):
+            return squares.flip(0).sqrt()
+    return torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
+
+
+def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors ``(d, min(d, p))`` and singular values, descending, of a ``(d, p)`` matrix, in float64.
+
+    The right ones, of which a wide matrix has many, are not formed.
+    """
+    matrix = _double_matrix(matrix, "The matrix")
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = torch.linalg.qr(matrix.T, mode="r").R.T
+    left, sizes, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return left, sizes
+
+
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of a ``(d, p)`` matrix in float64: ``U (d, r)``, ``σ (r,)`` descending, ``Vᵀ (r, p)``, ``r = min(d, p)``.
+
+    The same as `torch.linalg.svd`, which takes twice as long for a wide matrix as for its transpose.
+    """
+    matrix = _double_matrix(matrix, "The matrix")
+    if matrix.shape[0] < matrix.shape[1]:
+        right, sizes, left = torch.linalg.svd(matrix.T, full_matrices=False)
+        return left.T, sizes, right.T
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, sizes, right
+
+
+def svd_of_rank(matrix: Tensor, rank: int, negligible: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of a matrix that is of low rank but for rounding: ``U (d, r)``, ``σ (r,)`` and ``Vᵀ (r, p)``.
+
+    A random subspace is drawn to the matrix's range by one power iteration (Halko, Martinsson and Tropp 2011, Algorithm
+    4.4, with a fixed seed), which is exact for a matrix of that rank. What is outside of it is measured: if it is more
+    than negligible, or the rank is no longer low, the full SVD is taken.
+
+    Args:
+        matrix: ``(d, p)``, any floating dtype.
+        rank: what the rank is at most, apart from rounding.
+        negligible: Frobenius norm of what may be left out. A singular value ``σ`` is then off by less than its square
+            over ``σ``.
+
+    Raises:
+        ValueError: if it is not a matrix, holds values that are not finite, or the rank is negative.
+    """
+    matrix = _double_matrix(matrix, "The matrix")
+    if rank < 0:
+        raise ValueError(f"The rank of a matrix cannot be {rank}.")
+    width = rank + _SPARE
+    if 4 * width < min(matrix.shape):
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float64).to(matrix.device)
+        basis = torch.linalg.qr(matrix @ start).Q
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+        inside = basis.T @ matrix
+        if float(torch.linalg.vector_norm(matrix - basis @ inside)) <= negligible:
+            left, sizes, right = torch.linalg.svd(inside, full_matrices=False)
+            return basis @ left, sizes, right
+    return thin_svd(matrix)
+
+
 @dataclass(frozen=True)
 class SpectrumSummary:
     """How large and how well conditioned a weight is.
@@ -222,10 +307,7 @@ class SpectrumSummary:
 
 
 def spectrum_summary(weight: Tensor) -> SpectrumSummary:
-    """Norms and condition number of a weight, from its singular values in float64.
-
-    A Gram matrix would be cheaper, but squares the condition number: it leaves about 1e-8 relative accuracy at a
-    condition number of 1e4, where the singular values leave 1e-12.
+    """Norms and condition number of a weight, from its `singular_values`.
 
     Args:
         weight: ``(d, p)``, not empty.
@@ -236,7 +318,7 @@ def spectrum_summary(weight: Tensor) -> SpectrumSummary:
     weight = _double_matrix(weight, "The weight")
     if not weight.numel():
         raise ValueError(f"The weight is empty: shape {tuple(weight.shape)}.")
-    values = torch.linalg.svdvals(weight)
+    values = singular_values(weight)
     largest, smallest = float(values[0]), float(values[-1])
     return SpectrumSummary(
         frobenius=float(torch.linalg.vector_norm(weight)),

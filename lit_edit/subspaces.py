@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_edit.linalg import left_singular, svd_of_rank
+
 _EPS = torch.finfo(torch.float64).eps
 _NEGLIGIBLE = 1e-6  # of a unit vector: what is left of it after a projection is then rounding and no direction
 
@@ -41,9 +43,10 @@ def written_basis(weight: Tensor, original: Tensor, edits: int) -> Tensor:
     total = now - before
     if not edits or not total.any():
         return total[:, :0]
-    left, sizes, _ = torch.linalg.svd(total, full_matrices=False)
     eps = max(torch.finfo(weight.dtype).eps, torch.finfo(original.dtype).eps)
-    rounding = eps * edits**0.5 * float(now.norm()) * (d**-0.5 + p**-0.5)
+    noise = eps * edits**0.5 * float(now.norm())
+    rounding = noise * (d**-0.5 + p**-0.5)
+    left, sizes, _ = svd_of_rank(total, edits, negligible=noise)
     rank = int((sizes > max(rounding, float(sizes[0]) * max(d, p) * _EPS)).sum())
     return _oriented(left[:, : min(rank, edits)])
 
@@ -54,7 +57,7 @@ def principal_directions(matrix: Tensor) -> Tensor:
     Returns:
         ``(d, rank)`` in float64, the largest entry of each vector positive.
     """
-    left, sizes, _ = torch.linalg.svd(matrix.detach().to(torch.float64), full_matrices=False)
+    left, sizes = left_singular(matrix)
     return _oriented(left[:, sizes > (sizes[:1] * max(matrix.shape) * _EPS)])
 
 

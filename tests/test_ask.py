@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from run_examples import taught
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from lit_edit.cli import main

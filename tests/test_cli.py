@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import tiny_tokenizer
 from run_examples import PLACES, quick_editor, write_corpus, write_facts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from lit_edit import EditRequest, edit, load_editor, load_model

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
 from lit_edit.callbacks import EveryNEdits
 from run_examples import CORPUS, data, facts, quick_editor, write_corpus, write_facts
+from tiny_models import FAMILIES, tiny_model
 
 from lit_edit import EditRequest, load_editor, load_model
 from lit_edit.cli import main

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from lit_edit.callbacks import EditCheckpoint, ExportModel
 from rich.console import Console
 from run_examples import assert_same_weights, data, facts, quick_editor, trainer, write_corpus, write_facts
 from safetensors import safe_open
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_edit import EditRequest, LitEdit, load_delta, load_model

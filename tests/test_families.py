@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES as MAIN_FAMILIES
-from conftest import OTHER_FAMILIES, tiny_model
 from editing_references import CONTEXTS, requests, tokens, weights
+from tiny_models import FAMILIES as MAIN_FAMILIES
+from tiny_models import OTHER_FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BloomConfig, MixtralConfig
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES as MAIN_FAMILIES
-from conftest import OTHER_FAMILIES, REPOSITORY, tiny_model
 from editing_references import changed, hooks_left, weights
 from test_families import TEXTS
+from tiny_models import FAMILIES as MAIN_FAMILIES
+from tiny_models import OTHER_FAMILIES, REPOSITORY, tiny_model
 
 from lit_edit import EditRequest, edit, load_editor
 from lit_edit.architectures import Architecture

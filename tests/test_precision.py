@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from editing_references import projection_of
 from lit_edit.callbacks import MatrixStability, spectrum_drift
 from run_examples import data, quick_editor, trainer, write_corpus
 from test_families import TEXTS
 from test_matrix import FACTS, small
+from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from lit_edit import EditRequest, LitEdit, edit

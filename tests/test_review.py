@@ -22,7 +22,7 @@ def model(tiny_folder_once):
 
 @pytest.fixture(scope="module")
 def tiny_folder_once(tmp_path_factory: pytest.TempPathFactory):
-    from conftest import tiny_model
+    from tiny_models import tiny_model
 
     folder = tmp_path_factory.mktemp("review")
     for part in tiny_model("qwen2"):

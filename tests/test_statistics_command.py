@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from editing_references import projection_of
 from run_examples import write_corpus, write_facts
+from tiny_models import tiny_model
 
 from lit_edit.cli import main
 from lit_edit.commands.statistics import spectrum

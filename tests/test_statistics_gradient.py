@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from editing_references import changed, hooks_left, matrix_of, projection_of, weights
+from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from lit_edit.editors import LocateThenEdit

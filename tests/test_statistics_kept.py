@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from editing_references import hooks_left, projection_of
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from lit_edit.statistics import (

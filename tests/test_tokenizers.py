@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from editing_references import CONTEXTS, requests, weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from lit_edit.callbacks import DownstreamEval, Retention
 from run_examples import data, trainer, write_corpus
 from test_families import TEXTS as CORPUS
 from test_families import quick
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

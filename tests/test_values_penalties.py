@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from editing_references import (
     block_of,
     changed,
@@ -22,6 +21,7 @@ from editing_references import (
     tokens,
     weights,
 )
+from tiny_models import tiny_model
 from torch import Tensor
 
 from lit_edit.editors import LocateThenEdit

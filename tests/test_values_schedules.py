@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from editing_references import (
     block_of,
     hooked,
@@ -19,6 +18,7 @@ from editing_references import (
     requests,
     tokens,
 )
+from tiny_models import tiny_model
 from torch import Tensor
 
 from lit_edit.keys import MeanKey

@@ -8,8 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_edit.linalg import singular_values, svd_of_rank
 from lit_edit.restraints.base import Ground, Restraint
 from lit_edit.updates import LowRank
+
+_NEGLIGIBLE = 1e-4  # of the largest singular value: what is cut is above it, and then off by less than 1e-8
 
 
 class PRUNE(Restraint):
@@ -76,8 +79,8 @@ class PRUNE(Restraint):
         weight, original = (w.detach().to(torch.float64) for w in (ground.weight, ground.original))
         if torch.equal(weight, original):
             return None
-        largest = torch.linalg.matrix_norm(original, 2)
-        u, sigma, vt = torch.linalg.svd(weight - original, full_matrices=False)
+        largest = singular_values(original)[0]
+        u, sigma, vt = svd_of_rank(weight - original, ground.edits_here + ground.batch, _NEGLIGIBLE * float(largest))
         cut = self.restrained(sigma, largest) - sigma
         rank = int((cut < 0).sum())  # descending, and what is cut stands in front
         return LowRank(left=u[:, :rank] * cut[:rank], right=vt[:rank]) if rank else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_edit.linalg import check_null_space_choice, null_space_projector, solve_spd
+from lit_edit.linalg import check_null_space_choice, solve_spd
 from lit_edit.solvers.base import Problem, Solver, check_positive
+from lit_edit.solvers.kept import FOLD_AT, KeptProjection
 from lit_edit.updates import LowRank
 
 
@@ -43,7 +44,7 @@ class AlphaEdit(Solver):
         check_null_space_choice(threshold, energy)  # here already, so that a bad config fails before any work
         self.threshold, self.energy = threshold, energy
         self.ridge = check_positive(ridge, "AlphaEdit's ridge")
-        self._projectors: dict[str, _Projector] = {}
+        self._kept: dict[str, KeptProjection] = {}
 
     @torch.no_grad()
     def solve(self, problem: Problem) -> LowRank:
@@ -52,23 +53,17 @@ class AlphaEdit(Solver):
         Raises:
             ValueError: if the covariance is missing or its null space is empty.
         """
-        projector = self.projector(problem)
-        keys, n = problem.keys, problem.keys.shape[1]
-        # ΔWᵀ = X Rᵀ where X lies in the range of P, so P S P may stand for P S: with A = P [K M] the system to solve is
-        # (A Aᵀ + L₂ I) X = P K. It is symmetric and, by (A Aᵀ + L₂ I)⁻¹ A = A (Aᵀ A + L₂ I)⁻¹, as small as the smaller
-        # side of A.
-        a = projector @ torch.cat([keys, self.remembered(problem)], dim=1)
-        p, columns = a.shape
-        if columns < p:
-            gram = a.T @ a
-            gram.diagonal().add_(self.ridge)
-            chosen = torch.eye(columns, dtype=a.dtype, device=a.device)[:, :n]
-            x = a @ solve_spd(gram, chosen)
-        else:
-            gram = a @ a.T
-            gram.diagonal().add_(self.ridge)
-            x = solve_spd(gram, a[:, :n])
-        return LowRank(left=problem.residual, right=x.T)
+        kept = self._projection(self.covariance(problem), problem.layer, problem.keys)
+        remembered = self.remembered(problem)
+        kept = (kept if kept.begins(remembered) else kept.forgetting()).with_all(remembered)
+        self._kept[problem.layer] = kept
+        # ΔWᵀ = X Rᵀ where X lies in the range of P, so P S P may stand for P S. With B = L₂ I + P M Mᵀ P the system to
+        # solve is (B + P K Kᵀ P) X = P K, and X = B⁻¹ P K (I + Kᵀ P B⁻¹ P K)⁻¹.
+        x = kept.solve(problem.keys)
+        inner = problem.keys.T @ x
+        inner = (inner + inner.T) / 2
+        inner.diagonal().add_(1.0)
+        return LowRank(left=problem.residual, right=solve_spd(inner, x.T))
 
     def check_covariance(self, covariance: Tensor, layer: str, device: torch.device) -> None:
         """Computes the projector, which the first edit will need anyway.
@@ -76,11 +71,11 @@ class AlphaEdit(Solver):
         Raises:
             ValueError: if the null space is empty.
         """
-        self._projector(covariance, layer, device)
+        self._projection(covariance, layer, torch.empty(len(covariance), 0, dtype=torch.float64, device=device))
 
     def kept_size(self, d: int, p: int) -> int:
-        """The projector."""
-        return p * p
+        """The projector, what remembered keys make of it, and the last of them as they are and solved for."""
+        return 2 * p * p + 2 * p * max(FOLD_AT, p // 4) if self.use_memory else p * p
 
     def projector(self, problem: Problem) -> Tensor:
         """``P (p, p)`` in float64 for the problem's layer, computed once per covariance.
@@ -88,18 +83,17 @@ class AlphaEdit(Solver):
         Raises:
             ValueError: if the covariance is missing or its null space is empty.
         """
-        return self._projector(self.covariance(problem), problem.layer, problem.weight.device)
+        return self._projection(self.covariance(problem), problem.layer, problem.keys).projector
 
-    def _projector(self, covariance: Tensor, layer: str, device: torch.device) -> Tensor:
-        kept = self._projectors.get(layer)
-        if kept is None or not kept.belongs_to(covariance):
-            matrix, dimension = null_space_projector(
-                covariance.to(device), threshold=self.threshold, energy=self.energy
-            )
-            if not dimension:
-                raise ValueError(self._no_null_space(covariance, layer))
-            kept = self._projectors[layer] = _Projector(covariance, matrix)
-        return kept.matrix.to(device)
+    def _projection(self, covariance: Tensor, layer: str, like: Tensor) -> KeptProjection:
+        kept = self._kept.get(layer)
+        if kept is not None and kept.is_of(covariance, like.device):
+            return kept
+        kept = KeptProjection.of(covariance, self.ridge, like, threshold=self.threshold, energy=self.energy)
+        if kept is None:
+            raise ValueError(self._no_null_space(covariance, layer))
+        self._kept[layer] = kept
+        return kept
 
     def _no_null_space(self, covariance: Tensor, layer: str) -> str:
         values = torch.linalg.eigvalsh(covariance.detach().to(torch.float64))
@@ -116,21 +110,3 @@ class AlphaEdit(Solver):
             f"{found}covariance is {smallest:.3g}, already {smallest / float(values.sum()):.2g} of their sum. Raise "
             f"`energy`, now {self.energy:.3g}."
         )
-
-
-class _Projector:
-    """A null-space projector with the covariance it came from.
-
-    The covariance is held, not just its address, which another tensor may be given once it is freed.
-    """
-
-    def __init__(self, covariance: Tensor, matrix: Tensor) -> None:
-        self.covariance, self.version, self.matrix = covariance, _version(covariance), matrix
-
-    def belongs_to(self, covariance: Tensor) -> bool:
-        return covariance is self.covariance and _version(covariance) == self.version
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count and cannot be changed by mistake."""
-    return 0 if tensor.is_inference() else tensor._version

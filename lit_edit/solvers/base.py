@@ -168,7 +168,8 @@ class Solver(ABC):
         """
         covariance, remembered = self.covariance(problem), self.remembered(problem)
         kept = self._grams.get(problem.layer)
-        if kept is None or not kept.belongs_to(covariance, preservation, remembered):
+        fits = kept is not None and kept.preservation == preservation and kept.begins(remembered)
+        if kept is None or not fits or not kept.is_of(covariance, problem.keys.device):
             kept = KeptGram.of(covariance, preservation, problem.keys)
         kept = self._grams[problem.layer] = kept.with_all(remembered)
         return kept

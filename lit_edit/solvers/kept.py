@@ -1,37 +1,108 @@
-"""Systems with the Gram matrix of what is preserved, ``λ C + M Mᵀ``: factorised once per layer, not at every edit."""
+"""Systems with what is preserved and all remembered keys, ``B + M Mᵀ``: kept from edit to edit, grown key by key."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from lit_edit.linalg import cholesky_spd, solve_spd
+from lit_edit.linalg import NotPositiveDefiniteError, cholesky_spd, null_space_projector
+
+FOLD_AT = 64  # remembered keys beside what is kept, at least; and never fewer than a quarter of the key's size
 
 
 @dataclass(frozen=True, eq=False)
-class KeptGram:
-    """``λ C + M Mᵀ`` by the Cholesky factor of ``λ C`` and, per remembered key, one solution of a system with it.
+class Kept(ABC):
+    """``B⁻¹`` in some form and, by the Woodbury identity, what the remembered keys that came since change in it.
 
-    A system with the sum then takes O(p²) operations per right-hand side and O(p m) for ``m`` remembered keys, by the
-    Woodbury identity.
+    With ``F`` those keys, a system takes O(p²) operations per right-hand side and O(p f) for ``f`` of them, and a new
+    key the same. Before they are a quarter of ``p`` they go into ``B``, so that neither grows without bound.
+
+    Keys come in one by one, and go into ``B`` at set counts: the result does not depend, to the last bit, on how many
+    came at once. A run that goes on from a checkpoint gets all of them together.
 
     Args:
         covariance: ``C (p, p)``, the tensor itself: solvers know a layer's statistics by identity.
         version: how often it had been changed in place.
-        preservation: ``λ``.
-        factor: lower Cholesky factor of ``λ C``, ``(p, p)``.
-        remembered: ``M (p, m)``.
-        solved: ``(λ C)⁻¹ M (p, m)``.
+        remembered: ``M (p, m)``, all of them.
+        fresh: ``F (p, f)``, those that are not in ``B`` yet.
+        solved: ``B⁻¹ F (p, f)``.
+        inner: lower Cholesky factor of ``I + Fᵀ B⁻¹ F``, ``(f, f)``.
     """
 
     covariance: Tensor
     version: int
+    remembered: Tensor
+    fresh: Tensor
+    solved: Tensor
+    inner: Tensor
+
+    @abstractmethod
+    def alone(self, x: Tensor) -> Tensor:
+        """``B⁻¹ x``, for ``x (p, n)``."""
+
+    @abstractmethod
+    def folded(self) -> Self:
+        """With the fresh keys in ``B``."""
+
+    def is_of(self, covariance: Tensor, device: torch.device) -> bool:
+        """Whether it is of this covariance as it is now, on this device."""
+        return (
+            covariance is self.covariance
+            and version_of(covariance) == self.version
+            and device == self.remembered.device
+        )
+
+    def begins(self, remembered: Tensor) -> bool:
+        """Whether its remembered keys are the first of these."""
+        known = self.remembered.shape[1]
+        return remembered.shape[1] >= known and torch.equal(remembered[:, :known], self.remembered)
+
+    def with_all(self, remembered: Tensor) -> Self:
+        """With the keys that have come since."""
+        kept = self
+        for column in remembered[:, self.remembered.shape[1] :].T:
+            kept = kept._with(column[:, None])
+        return kept if kept is self else replace(kept, remembered=remembered)
+
+    def _with(self, column: Tensor) -> Self:
+        solved = self.alone(column)
+        # One more row of the Cholesky factor.
+        row = torch.linalg.solve_triangular(self.inner, self.solved.T @ column, upper=False)
+        pivot = 1.0 + column.T @ solved - row.T @ row
+        n = len(self.inner)
+        inner = self.inner.new_zeros(n + 1, n + 1)
+        inner[:n, :n], inner[n:, :n], inner[n:, n:] = self.inner, row.T, pivot.clamp_min(1.0).sqrt()
+        kept = replace(
+            self,
+            fresh=torch.cat([self.fresh, column], dim=1),
+            solved=torch.cat([self.solved, solved], dim=1),
+            inner=inner,
+        )
+        return kept.folded() if n + 1 >= max(FOLD_AT, len(column) // 4) else kept
+
+    def solve(self, x: Tensor) -> Tensor:
+        """``(B + M Mᵀ)⁻¹ x``, for ``x (p, n)``."""
+        alone = self.alone(x)
+        if not self.fresh.shape[1]:
+            return alone
+        return alone - self.solved @ torch.cholesky_solve(self.fresh.T @ alone, self.inner)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptGram(Kept):
+    """``B = λ C``, and the keys that went into it, by its Cholesky factor.
+
+    Args:
+        preservation: ``λ``.
+        factor: lower Cholesky factor of ``B``, ``(p, p)``.
+    """
+
     preservation: float
     factor: Tensor
-    remembered: Tensor
-    solved: Tensor
 
     @classmethod
     def of(cls, covariance: Tensor, preservation: float, like: Tensor) -> KeptGram:
@@ -46,40 +117,77 @@ class KeptGram:
             NotPositiveDefiniteError: if ``C`` is singular.
         """
         factor = cholesky_spd(preservation * covariance.detach().to(like))
-        return cls(covariance, version_of(covariance), preservation, factor, like[:, :0], like[:, :0])
+        return cls(covariance, version_of(covariance), *_no_keys(like), preservation, factor)
 
-    def belongs_to(self, covariance: Tensor, preservation: float, remembered: Tensor) -> bool:
-        """Whether it is of this covariance and weight, and of the first of these remembered keys."""
-        known = self.remembered.shape[1]
-        return (
-            covariance is self.covariance
-            and preservation == self.preservation
-            and version_of(covariance) == self.version
-            and remembered.device == self.factor.device
-            and remembered.shape[1] >= known
-            and torch.equal(remembered[:, :known], self.remembered)
-        )
+    def alone(self, x: Tensor) -> Tensor:
+        """``B⁻¹ x``, for ``x (p, n)``."""
+        return torch.cholesky_solve(x, self.factor)
 
-    def with_all(self, remembered: Tensor) -> KeptGram:
-        """With the keys that have come since."""
-        # One by one, so that the result does not depend, to the last bit, on how many came at once: a run that goes on
-        # from a checkpoint gets all of them together.
-        columns = [
-            torch.cholesky_solve(column[:, None], self.factor) for column in remembered[:, self.remembered.shape[1] :].T
-        ]
-        if not columns:
+    def folded(self) -> KeptGram:
+        """With the fresh keys in ``B``; as it is where the sum is too ill-conditioned to be factorised."""
+        gram = torch.addmm(self.factor @ self.factor.T, self.fresh, self.fresh.T)
+        try:
+            factor = cholesky_spd(gram)
+        except NotPositiveDefiniteError:  # the identity of Woodbury asks for less
             return self
-        return replace(self, remembered=remembered, solved=torch.cat([self.solved, *columns], dim=1))
+        none = self.fresh[:, :0]
+        return replace(self, factor=factor, fresh=none, solved=none, inner=none.T @ none)
 
-    def solve(self, x: Tensor) -> Tensor:
-        """``(λ C + M Mᵀ)⁻¹ x``, for ``x (p, n)``."""
-        alone = torch.cholesky_solve(x, self.factor)
-        if not self.remembered.shape[1]:
-            return alone
-        inner = self.remembered.T @ self.solved
-        inner = (inner + inner.T) / 2
-        inner.diagonal().add_(1.0)
-        return alone - self.solved @ solve_spd(inner, self.remembered.T @ alone)
+
+@dataclass(frozen=True, eq=False)
+class KeptProjection(Kept):
+    """``B = ridge · I`` within the range of an orthogonal projector ``P``, as the dense ``P B⁻¹ P``.
+
+    What is remembered are keys ``k`` whose part ``P k`` counts; solutions lie in the range of ``P``.
+
+    Args:
+        projector: ``P (p, p)``.
+        ridge: as above.
+        inverse: ``P B⁻¹ P``, ``(p, p)``; ``P / ridge`` until keys go in.
+    """
+
+    projector: Tensor
+    ridge: float
+    inverse: Tensor
+
+    @classmethod
+    def of(
+        cls, covariance: Tensor, ridge: float, like: Tensor, *, threshold: float | None, energy: float | None
+    ) -> KeptProjection | None:
+        """Without remembered keys; None if the null space of the covariance is empty.
+
+        Args:
+            covariance: ``C (p, p)``.
+            ridge: its ``B`` within the null space.
+            like: a tensor (p, n) of the device to compute on.
+            threshold: as for `lit_edit.linalg.null_space_projector`.
+            energy: likewise.
+        """
+        projector, dimension = null_space_projector(covariance.to(like.device), threshold=threshold, energy=energy)
+        if not dimension:
+            return None
+        return cls(covariance, version_of(covariance), *_no_keys(like), projector, ridge, projector)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """``P B⁻¹ P x``, for ``x (p, n)``."""
+        return self.inverse @ x / self.ridge
+
+    def forgetting(self) -> KeptProjection:
+        """Without remembered keys."""
+        remembered, fresh, solved, inner = _no_keys(self.remembered)
+        return replace(self, inverse=self.projector, remembered=remembered, fresh=fresh, solved=solved, inner=inner)
+
+    def folded(self) -> KeptProjection:
+        """With the fresh keys in ``B``."""
+        half = torch.linalg.solve_triangular(self.inner, self.solved.T, upper=False)
+        none = self.fresh[:, :0]
+        inverse = torch.addmm(self.inverse, half.T, half, alpha=-self.ridge)
+        return replace(self, inverse=inverse, fresh=none, solved=none, inner=none.T @ none)
+
+
+def _no_keys(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none = like[:, :0]
+    return none, none, none, none.T @ none
 
 
 def version_of(tensor: Tensor) -> int:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from editing_references import make_workspace, requests
+from tiny_models import tiny_model
 from torch import Tensor
 
 from lit_edit.editors import LocateThenEdit

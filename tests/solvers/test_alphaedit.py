@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lit_edit.solvers.alphaedit as module
+import lit_edit.solvers.kept as module
 from lit_edit.solvers import AlphaEdit
 
 SHAPES = [(12, 24), (16, 48), (40, 96), (24, 24)]

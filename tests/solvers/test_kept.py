@@ -39,13 +39,14 @@ def test_keys_that_come_together_count_as_those_that_come_one_by_one(parts) -> N
 def test_it_belongs_to_one_covariance_and_one_past(parts) -> None:
     covariance, memory, keys = parts
     kept = KeptGram.of(covariance, 1.0, keys).with_all(memory[:, :4])
-    assert kept.belongs_to(covariance, 1.0, memory)
-    assert not kept.belongs_to(covariance.clone(), 1.0, memory)
-    assert not kept.belongs_to(covariance, 1.0, memory[:, :3])  # a run that was taken back
-    assert not kept.belongs_to(covariance, 1.0, memory.flip(1))
-    assert not kept.belongs_to(covariance, 2.0, memory)
+    assert kept.begins(memory)
+    assert not kept.begins(memory[:, :3])  # a run that was taken back
+    assert not kept.begins(memory.flip(1))
+    assert kept.is_of(covariance, keys.device)
+    assert not kept.is_of(covariance.clone(), keys.device)
+    assert not kept.is_of(covariance, torch.device("meta"))
     covariance[0, 0] += 1
-    assert not kept.belongs_to(covariance, 1.0, memory)
+    assert not kept.is_of(covariance, keys.device)
 
 
 def test_a_singular_covariance_is_refused(parts) -> None:
