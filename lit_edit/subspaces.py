@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_edit.linalg import left_singular, svd_of_rank
+from lit_edit.linalg import left_singular, svd_of_rank, version_of
 
 _EPS = torch.finfo(torch.float64).eps
 _NEGLIGIBLE = 1e-6  # of a unit vector: what is left of it after a projection is then rounding and no direction
@@ -145,12 +145,7 @@ class _Decomposed:
     """The directions of a gradient, with the gradient they came from."""
 
     def __init__(self, gradient: Tensor) -> None:
-        self.gradient, self.version, self.directions = gradient, _version(gradient), principal_directions(gradient)
+        self.gradient, self.version, self.directions = gradient, version_of(gradient), principal_directions(gradient)
 
     def belongs_to(self, gradient: Tensor) -> bool:
-        return gradient is self.gradient and _version(gradient) == self.version
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count and cannot be changed by mistake."""
-    return 0 if tensor.is_inference() else tensor._version
+        return gradient is self.gradient and version_of(gradient) == self.version

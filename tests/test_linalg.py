@@ -6,11 +6,14 @@ from torch import Tensor
 
 from lit_edit.linalg import (
     NotPositiveDefiniteError,
+    left_singular,
     null_space_projector,
     orthogonality_error,
     procrustes,
+    singular_values,
     solve_spd,
     spectrum_summary,
+    svd_of_rank,
 )
 
 
@@ -199,3 +202,48 @@ def test_spectrum_summary_of_a_singular_weight_and_as_a_dictionary() -> None:
 def test_spectrum_summary_refuses_an_empty_weight() -> None:
     with pytest.raises(ValueError, match=r"empty: shape \(0, 4\)"):
         spectrum_summary(torch.ones(0, 4))
+
+
+@pytest.mark.parametrize(("d", "p"), [(24, 60), (60, 24), (24, 24)])
+@pytest.mark.parametrize("condition", [3.0, 900.0, 1e5, 1e12])  # by the Gram matrix below 1,000, by QR above
+def test_singular_values_are_those_of_the_svd(d: int, p: int, condition: float) -> None:
+    matrix = with_singular_values(d, p, torch.logspace(0, -math.log10(condition), 24, dtype=torch.float64))
+    wanted = torch.linalg.svdvals(matrix)
+    found = singular_values(matrix)
+    tolerance = 1e-9 if condition < 1000 else 1e-13 * condition
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=0)
+
+
+def test_singular_values_of_matrices_at_the_edge() -> None:
+    torch.testing.assert_close(singular_values(torch.zeros(3, 5)), torch.zeros(3, dtype=torch.float64))
+    huge = torch.diag(torch.tensor([1e200, 1e190], dtype=torch.float64))  # whose squares are not finite
+    torch.testing.assert_close(singular_values(huge), huge.diagonal())
+    assert singular_values(torch.zeros(0, 5)).shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(80, 120), (120, 80)])
+def test_svd_of_rank_is_the_svd_of_a_matrix_of_that_rank(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in shape)
+    matrix = (left * torch.logspace(0, -5, 6).double()) @ right.T
+    u, sigma, vt = svd_of_rank(matrix, 6, negligible=1e-10)
+    assert len(sigma) < min(shape)  # the quick way was taken
+    torch.testing.assert_close(sigma[:6], torch.linalg.svdvals(matrix)[:6], rtol=1e-9, atol=0)
+    torch.testing.assert_close((u * sigma) @ vt, matrix, rtol=0, atol=1e-12)
+    torch.testing.assert_close(u.T @ u, torch.eye(len(sigma), dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(80, 120), (120, 80)])
+def test_svd_of_rank_takes_everything_where_the_rank_is_higher_than_said(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, sigma, vt = svd_of_rank(matrix, 3, negligible=1e-6)
+    torch.testing.assert_close((u * sigma) @ vt, matrix, rtol=0, atol=1e-11)
+    with pytest.raises(ValueError, match="rank of a matrix cannot be -1"):
+        svd_of_rank(matrix, -1, 1e-6)
+
+
+def test_left_singular_leaves_the_right_ones_out() -> None:
+    matrix = torch.randn(12, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, sizes = left_singular(matrix)
+    torch.testing.assert_close(sizes, torch.linalg.svdvals(matrix))
+    torch.testing.assert_close(left @ torch.diag(sizes**2) @ left.T, matrix @ matrix.T)

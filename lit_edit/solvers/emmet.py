@@ -26,7 +26,8 @@ class EMMET(Solver):
     Args:
         preservation: ``λ``, the weight of ``C`` against the memory and against ``ridge``, in tokens. With neither it
             cancels.
-        ridge: ``ρ``, on the scale of ``kᵀ G⁻¹ k``; 0 in the paper, 0.1 in its released code where ``n > 1``.
+        ridge: ``ρ``, on the scale of ``kᵀ G⁻¹ k``; 0 in the paper, 0.1 in its released code. It is for keys that depend
+            on one another, and as released plays no part where there is one only.
         memory: add the keys of past edits, ``M``, to the preserved set; the paper has none.
 
     Raises:
@@ -56,7 +57,8 @@ class EMMET(Solver):
         whitened = self.whitened_keys(problem, self.preservation)
         inner = keys.T @ whitened
         inner = (inner + inner.T) / 2
-        inner.diagonal().add_(self.ridge)
+        if keys.shape[1] > 1:
+            inner.diagonal().add_(self.ridge)
         self._check_independent(inner, problem.layer)
         return LowRank(left=problem.residual, right=solve_spd(inner, whitened.T))
 

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lit_edit.linalg import NotPositiveDefiniteError, cholesky_spd, null_space_projector
+from lit_edit.linalg import NotPositiveDefiniteError, cholesky_spd, null_space_projector, version_of
 
 FOLD_AT = 64  # remembered keys beside what is kept, at least; and never fewer than a quarter of the key's size
 
@@ -188,8 +188,3 @@ class KeptProjection(Kept):
 def _no_keys(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = like[:, :0]
     return none, none, none, none.T @ none
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count and cannot be changed by mistake."""
-    return 0 if tensor.is_inference() else tensor._version

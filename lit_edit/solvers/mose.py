@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lit_edit.krylov import Preserved, procrustes_near_identity
-from lit_edit.linalg import procrustes
+from lit_edit.linalg import procrustes, version_of
 from lit_edit.solvers.base import Problem, Solver, check_positive
 from lit_edit.updates import Rotation, ThinRotation, Update
 
-DRIFT = 1e-4  # of an output: how far the weight may be from what the rotations so far make of it
+DRIFT = 1e-3  # of an output: how far the weight may be from what the rotations so far make of it
 FOLD_AT = 64  # columns beside the eigenbasis, at least
 
 
@@ -33,8 +34,9 @@ class MOSE(Solver):
     too, only targets as long as the present outputs, ``‖v‖ = ‖W k‖``, can be reached: optimise them on that sphere.
 
     All but the last term are symmetric positive definite, and as an edit turns ``W`` it turns them along. Their
-    eigenvectors are computed once per layer and carried from edit to edit; see `lit_edit.krylov` for the rest. Should a
-    weight not be what the last rotation made of it, they are computed anew.
+    eigenvectors are computed once per layer and carried from edit to edit; see `lit_edit.krylov` for the rest. They are
+    computed anew where a weight is not what the rotations made of it, to a thousandth: because others changed it, or
+    by rounding, which in float32 takes longer than any run and in bfloat16 a single edit.
 
     Args:
         preservation: ``λ``, how many tokens' worth of the corpus weighs against one edited key.
@@ -58,6 +60,7 @@ class MOSE(Solver):
             raise ValueError(f"The method of MOSE is 'krylov' or 'svd', not {method!r}.")
         self.method = method
         self._carried: dict[str, _Carried] = {}
+        self._stamps: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     @torch.no_grad()
     def solve(self, problem: Problem) -> Update:
@@ -71,15 +74,25 @@ class MOSE(Solver):
         if self.method == "svd" or _too_wide(problem):
             m = self._gram(weight, covariance, remembered)
             return Rotation(procrustes(m.addmm_(problem.targets, (weight @ keys).T)))
-        carried = self._carried.get(problem.layer)
+        carried, stamp = self._carried.get(problem.layer), self._stamp(covariance, problem.layer)
         if carried is not None:
-            carried = carried.as_found(weight, remembered)
+            carried = carried.as_found(weight, remembered, stamp)
         if carried is None:
-            carried = _Carried.of(self._gram(weight, covariance, remembered), weight, remembered)
+            carried = _Carried.of(self._gram(weight, covariance, remembered), weight, remembered, stamp)
         solution = procrustes_near_identity(carried.preserved, problem.targets, weight @ keys)
         update = ThinRotation(solution.basis, solution.turn)
         self._carried[problem.layer] = carried.after(update)
         return update
+
+    def _stamp(self, covariance: Tensor, layer: str) -> Tensor:
+        """Numbers by which ``λ`` and a covariance are known again, also by another process."""
+        known = self._stamps.get(layer)
+        if known is None or known[0] is not covariance or known[1] != version_of(covariance):
+            held = covariance.detach().to(torch.float64)
+            probe = _sine(len(held), held.device)
+            stamp = torch.stack([held.trace(), probe @ held @ probe]).cpu()
+            known = self._stamps[layer] = (covariance, version_of(covariance), stamp)
+        return known[2] * self.preservation
 
     def kept_size(self, d: int, p: int) -> int:
         """The eigenvectors, and what stands beside them; none with ``method="svd"``."""
@@ -119,7 +132,8 @@ class _Carried:
 
     ``before`` and ``now`` are the output of a fixed vector before and after the last rotation, which may not have been
     applied; ``basis`` and ``turn`` are that rotation. ``columns`` counts the remembered keys that are in ``S``,
-    ``sum_`` is their sum.
+    ``sum_`` is their sum. ``stamp`` knows ``λ C`` again. ``strayed`` is the root of the summed squares of what every
+    write so far took, or others changed, of that output, relative to it.
     """
 
     values: Tensor
@@ -131,32 +145,38 @@ class _Carried:
     turn: Tensor
     columns: Tensor
     sum_: Tensor
+    stamp: Tensor
+    strayed: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor, weight: Tensor, remembered: Tensor) -> _Carried:
+    def of(cls, gram: Tensor, weight: Tensor, remembered: Tensor, stamp: Tensor) -> _Carried:
         found = Preserved.of(gram)
         output = _probe(weight)
         nothing = weight[:, :0]
         return cls(
             found.values, found.vectors, found.factor, output, output, nothing, nothing.T @ nothing,
-            torch.tensor(remembered.shape[1]), remembered.sum(1),
+            torch.tensor(remembered.shape[1]), remembered.sum(1), stamp, torch.tensor(0.0, dtype=torch.float64),
         )  # fmt: skip
 
     @property
     def preserved(self) -> Preserved:
         return Preserved(self.values, self.vectors, self.factor)
 
-    def as_found(self, weight: Tensor, remembered: Tensor) -> _Carried | None:
+    def as_found(self, weight: Tensor, remembered: Tensor, stamp: Tensor) -> _Carried | None:
         """What is carried for the weight as it is and all that is remembered now; None if it does not fit."""
         output, known = _probe(weight), int(self.columns)
+        if not torch.allclose(stamp, self.stamp, rtol=1e-9, atol=0.0):
+            return None
         if remembered.shape[1] < known or not torch.allclose(remembered[:, :known].sum(1), self.sum_, rtol=1e-9):
             return None
-        preserved = self.preserved
-        limit = DRIFT * float(output.norm())
-        if float((output - self.now).norm()) <= limit:
-            preserved = preserved.turned(self.basis, self.turn)
-        elif float((output - self.before).norm()) > limit:
+        length = float(output.norm())
+        if_turned, if_not = float((output - self.now).norm()), float((output - self.before).norm())
+        strayed = math.hypot(float(self.strayed), min(if_turned, if_not) / length if length else 0.0)
+        if not strayed <= DRIFT:
             return None
+        preserved = self.preserved
+        if if_turned <= if_not:
+            preserved = preserved.turned(self.basis, self.turn)
         if remembered.shape[1] > known:
             preserved = preserved.with_columns(weight @ remembered[:, known:])
         if preserved.factor.shape[1] > max(FOLD_AT, len(preserved.values) // 16):
@@ -164,7 +184,7 @@ class _Carried:
         nothing = weight[:, :0]
         return _Carried(
             preserved.values, preserved.vectors, preserved.factor, output, output, nothing, nothing.T @ nothing,
-            torch.tensor(remembered.shape[1]), remembered.sum(1),
+            torch.tensor(remembered.shape[1]), remembered.sum(1), stamp, torch.tensor(strayed, dtype=torch.float64),
         )  # fmt: skip
 
     def after(self, update: ThinRotation) -> _Carried:
@@ -184,6 +204,9 @@ class _Carried:
 
 def _probe(weight: Tensor) -> Tensor:
     """The output (d,) of a fixed vector: what every rotation turns, and every other change of the weight changes."""
-    p = weight.shape[1]
-    vector = torch.sin(torch.arange(1, p + 1, dtype=torch.float64, device=weight.device) * 1.7)
-    return weight @ (vector / p**0.5)
+    return weight @ _sine(weight.shape[1], weight.device)
+
+
+def _sine(n: int, device: torch.device) -> Tensor:
+    """A fixed vector (n,) of about unit length without any structure."""
+    return torch.sin(torch.arange(1, n + 1, dtype=torch.float64, device=device) * 1.7) / n**0.5

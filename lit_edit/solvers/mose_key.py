@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_edit.krylov import Preserved, procrustes_near_identity
-from lit_edit.linalg import procrustes, solve_spd
+from lit_edit.linalg import procrustes, solve_spd, version_of
 from lit_edit.solvers.base import Problem, Solver, check_positive
 from lit_edit.updates import KeyRotation, ThinKeyRotation, Update
 
@@ -95,9 +95,9 @@ class MOSEKey(Solver):
             m = torch.addmm(self.preservation * given.detach().to(keys), remembered, remembered.T)
             return KeyRotation(procrustes(m.addmm_(wanted, keys.T)))
         kept = self._kept.get(problem.layer)
-        if kept is None or not kept.belongs_to(given, remembered):
+        if kept is None or not kept.belongs_to(given, remembered, self.preservation):
             base = Preserved.of(self.preservation * given.detach().to(keys))
-            kept = _Kept(given, given._version if not given.is_inference() else 0, base, remembered[:, :0])
+            kept = _Kept(given, version_of(given), self.preservation, base, remembered[:, :0])
         kept = self._kept[problem.layer] = kept.with_all(remembered)
         solution = procrustes_near_identity(kept.preserved, wanted, keys)
         return ThinKeyRotation(solution.basis, solution.turn)
@@ -113,14 +113,16 @@ class _Kept:
 
     covariance: Tensor
     version: int
+    preservation: float
     preserved: Preserved
     remembered: Tensor
 
-    def belongs_to(self, covariance: Tensor, remembered: Tensor) -> bool:
+    def belongs_to(self, covariance: Tensor, remembered: Tensor, preservation: float) -> bool:
         known = self.remembered.shape[1]
         return (
             covariance is self.covariance
-            and (covariance.is_inference() or covariance._version == self.version)
+            and version_of(covariance) == self.version
+            and preservation == self.preservation
             and remembered.shape[1] >= known
             and torch.equal(remembered[:, :known], self.remembered)
         )
@@ -133,7 +135,7 @@ class _Kept:
             preserved = preserved.with_columns(column[:, None])
             if preserved.factor.shape[1] >= FOLD_AT:
                 preserved = preserved.folded()
-        return _Kept(self.covariance, self.version, preserved, remembered)
+        return replace(self, preserved=preserved, remembered=remembered)
 
 
 def matched_keys(weight: Tensor, keys: Tensor, targets: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class _Round:
     then the ends of the rows for the KL term.
     """
 
-    active: list[int]
+    problems: list[int]
+    active: Tensor  # the same
     passes: Passes
     sizes: list[int]  # rewriting rows per problem
     bare: Tensor  # per problem its first row, the bare prompt
@@ -91,7 +92,8 @@ class _Round:
     read: tuple[Tensor, Tensor]
     wanted: Tensor
     of_row: Tensor
-    slots: list[list[int]]  # per problem
+    slots: Tensor  # of the problems
+    owner: Tensor  # of each slot: which of the problems, counted in the round
     places: list[_Place]
 
 
@@ -175,8 +177,9 @@ class ValueOptimizer:
         """
         starts = self._starts(workspace, requests, problems, average)  # (slots, d)
         slots = [(p, layer) for p, problem in enumerate(problems) for layer in problem.layers]
+        outputs = self._with_bias(workspace, starts, slots)
         unit = (
-            starts.norm(dim=-1, keepdim=True) / starts.shape[-1] ** 0.5
+            outputs.norm(dim=-1, keepdim=True) / starts.shape[-1] ** 0.5
             if self.lr_unit == "relative"
             else torch.ones_like(starts[:, :1])
         )
@@ -185,48 +188,57 @@ class ValueOptimizer:
         penalties = []
         if grounds is not None:
             penalties = [penalty.prepare([grounds[layer] for _, layer in slots]) for penalty in self.penalties]
-        n = len(problems)
+        device, n = starts.device, len(problems)
+        look = _look_every(device)
 
         def descend(stage: Stage) -> Descent:
             free = torch.zeros_like(starts) if stage.start is None else stage.start / unit  # δ in units of `unit`
             free.requires_grad_(True)
             adam = torch.optim.Adam([free], lr=self.lr)
-            loss_of, probability, steps_taken = [0.0] * n, [0.0] * n, [0] * n
             final, gradient = torch.zeros_like(starts), torch.zeros_like(starts)
+            loss_of, probability = starts.new_zeros(n), starts.new_zeros(n)
+            taken = torch.zeros(n, dtype=torch.long, device=device)
             round_ = self._round(workspace, list(range(n)), slots, texts)
+            going = torch.ones(n, dtype=torch.bool, device=device)  # of the problems in the round
             for step in range(stage.steps + 1):  # the last turn only evaluates: the reported loss is the value's own
                 delta = free * unit
                 with torch.set_grad_enabled(step < stage.steps):
-                    losses, nll = self._losses(round_, before, starts, delta)
+                    losses, nll = self._losses(round_, before, outputs, starts, delta)
                     terms = [penalty(self._moved(starts, delta)) for penalty in penalties]
                     if stage.term is not None:
                         terms.append(stage.term(delta))
                     for term in terms:
-                        losses = losses + torch.stack([term[mine].sum() for mine in round_.slots])
-                bare = (-nll.detach()[round_.bare] * round_.lengths[round_.bare]).exp()
-                still: list[int] = []
-                for p, mine, loss, chance in zip(
-                    round_.active, round_.slots, losses.tolist(), bare.tolist(), strict=True
-                ):
-                    loss_of[p], probability[p], steps_taken[p] = loss, chance, step
-                    if loss < self.stop_loss or step == stage.steps:
-                        final[mine] = delta[mine].detach()
-                    else:
-                        still.append(p)
-                if not still:
+                        losses = losses.index_add(0, round_.owner, term[round_.slots].to(losses))
+                with torch.no_grad():
+                    bare = (-nll[round_.bare] * round_.lengths[round_.bare]).exp()
+                    done = going & (losses < self.stop_loss if step < stage.steps else True)
+                    for record, now in (
+                        (loss_of, losses),
+                        (probability, bare),
+                        (taken, torch.full_like(round_.active, step)),
+                    ):
+                        record[round_.active] = torch.where(going, now, record[round_.active])
+                    ends = done[round_.owner, None]
+                    final[round_.slots] = torch.where(ends, delta[round_.slots], final[round_.slots])
+                    going = going & ~done
+                if step == stage.steps:
+                    break
+                still = going.tolist() if step % look == look - 1 else None
+                if still is not None and not any(still):
                     break
                 # Problems are independent: the sum's gradient is each one's own, and Adam works by coordinate. Not
                 # `backward`, which would leave gradients on weights that require them.
-                (slope,) = torch.autograd.grad(losses[[p in still for p in round_.active]].sum(), free)
+                (slope,) = torch.autograd.grad(torch.where(going, losses, 0.0).sum(), free)
                 gradient += slope / unit
                 free.grad = slope if stage.free is None else slope * stage.free
                 adam.step()
                 with torch.no_grad():
-                    free.copy_(self.constraint.project(starts, free * unit) / unit)
-                if still != round_.active:
-                    round_ = self._round(workspace, still, slots, texts)
-            taken = torch.tensor([max(1, steps_taken[p]) for p, _ in slots], device=starts.device)
-            return Descent(final, gradient / taken[:, None], loss_of, probability, steps_taken)
+                    free.copy_(self.constraint.project(outputs, free * unit) / unit)
+                if still is not None and not all(still):
+                    left = [p for p, goes in zip(round_.problems, still, strict=True) if goes]
+                    round_, going = self._round(workspace, left, slots, texts), going[going]
+            per_slot = taken[[p for p, _ in slots]].clamp_min(1)[:, None]
+            return Descent(final, gradient / per_slot, loss_of.tolist(), probability.tolist(), taken.tolist())
 
         found = self.schedule.run(descend, self.steps if steps is None else steps)
         values = self.constraint.value(starts, found.change)
@@ -235,7 +247,9 @@ class ValueOptimizer:
             targets[p][layer] = values[s].detach()
         return Values(list(problems), targets, found.loss, found.probability, found.steps)
 
-    def _losses(self, round_: _Round, before: Tensor | None, starts: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, round_: _Round, before: Tensor | None, outputs: Tensor, starts: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """NLL, KL and weight decay of every problem of a round, (problems,), and the NLL of every rewriting row."""
         logits = round_.passes.logits(*round_.read, self._changes(round_, starts, delta)).float()
         n = len(round_.wanted)
@@ -248,8 +262,8 @@ class ValueOptimizer:
             kl = nn.functional.kl_div(before[round_.active], now, log_target=True, reduction="none").sum(-1)
             losses = losses + self.kl_factor * kl
         if self.weight_decay:
-            decay = delta.norm(dim=-1) / starts.norm(dim=-1).clamp_min(1e-12) ** 2
-            losses = losses + self.weight_decay * torch.stack([decay[mine].sum() for mine in round_.slots])
+            decay = delta.norm(dim=-1) / outputs.norm(dim=-1).clamp_min(1e-12) ** 2
+            losses = losses.index_add(0, round_.owner, self.weight_decay * decay[round_.slots])
         return losses, nll
 
     def _moved(self, starts: Tensor, delta: Tensor) -> Tensor:
@@ -272,6 +286,14 @@ class ValueOptimizer:
             keys = compute_keys(workspace, requests, layers, average)
             outputs = {layer: workspace.architecture[layer].weight.float() @ keys[layer] for layer in layers}
         return torch.stack([outputs[layer][:, p.request] for p in problems for layer in p.layers])
+
+    def _with_bias(self, workspace: Workspace, starts: Tensor, slots: Sequence[tuple[int, int]]) -> Tensor:
+        """v0 as the module puts it out, W k + b: what a change is measured by. A value that replaces has no bias."""
+        if self.site == "block" or self.constraint.replaces:
+            return starts
+        biases = [getattr(workspace.architecture[layer].projection, "bias", None) for _, layer in slots]
+        none = torch.zeros_like(starts[0])
+        return starts + torch.stack([none if bias is None else bias.detach().to(none) for bias in biases])
 
     @torch.no_grad()
     def _essence_before(
@@ -331,6 +353,7 @@ class ValueOptimizer:
         taken += [texts.essence[p] for p in active if texts.essence]
         passes = texts.passes.select(taken, [texts.first[p] for p in owner])
         index = {slot: s for s, slot in enumerate(slots)}
+        mine = [(s, i) for i, p in enumerate(active) for s, (q, _) in enumerate(slots) if q == p]
         places = []
         for layer in sorted({layer for p, layer in slots if p in set(active)}):
             at = [r for r, p in enumerate(owner) if (p, layer) in index]
@@ -346,7 +369,8 @@ class ValueOptimizer:
                 )
             )
         return _Round(
-            active=active,
+            problems=active,
+            active=torch.tensor(active, device=device),
             passes=passes,
             sizes=sizes,
             bare=torch.tensor([sum(sizes[:i]) for i in range(len(active))], device=device),
@@ -354,7 +378,8 @@ class ValueOptimizer:
             read=(torch.tensor([r for r, _ in read], device=device), torch.tensor([c for _, c in read], device=device)),
             wanted=torch.tensor([rows[r].ids[t] for r, t in targets], device=device),
             of_row=torch.tensor([r for r, _ in targets], device=device),
-            slots=[[s for s, (q, _) in enumerate(slots) if q == p] for p in active],
+            slots=torch.tensor([s for s, _ in mine], device=device),
+            owner=torch.tensor([i for _, i in mine], device=device),
             places=places,
         )
 
@@ -373,6 +398,11 @@ class ValueOptimizer:
             return change
 
         return {place.module: at(place) for place in round_.places}
+
+
+def _look_every(device: torch.device) -> int:
+    """After how many steps to look which problems are done: for that, a GPU would have to be waited for."""
+    return 1 if device.type == "cpu" else 5
 
 
 @torch.no_grad()

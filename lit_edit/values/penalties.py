@@ -121,7 +121,7 @@ class OEdit(Penalty):
         past = written(ground)
         terms = [(self.past_weight, past)]
         if self.needs_gradient:
-            edits = ground.edits_here + ground.batch
+            edits = ground.edits_here + ground.batch_here
             implicit = cleaned(self.implicit.directions(ground.gradient, edits, ground.layer), past)
             terms.append((self.implicit_weight, implicit / implicit.norm(dim=0)))
         return [(weight, basis) for weight, basis in terms if weight and basis.shape[1]]

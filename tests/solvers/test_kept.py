@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lit_edit.linalg import NotPositiveDefiniteError, solve_spd
-from lit_edit.solvers import EMMET, MEMIT, ROME
+from lit_edit.solvers import EMMET, MEMIT, ROME, AlphaEdit
 from lit_edit.solvers.kept import KeptGram
 
 
@@ -34,6 +36,42 @@ def test_keys_that_come_together_count_as_those_that_come_one_by_one(parts) -> N
     for m in range(1, 10):
         later = later.with_all(memory[:, :m])
     torch.testing.assert_close(later.solve(keys), at_once.solve(keys), rtol=0, atol=0)
+
+
+@pytest.fixture
+def folding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_edit.solvers.kept.FOLD_AT", 12)  # a quarter of p, which is the other limit
+
+
+def test_remembered_keys_go_in_and_the_systems_stay_the_same(make_problem, folding) -> None:
+    problem = make_problem(16, 48, 2, 40)
+    covariance, memory, keys = problem.covariance.double(), problem.memory, problem.keys
+    kept = KeptGram.of(covariance, 2.5, keys)
+    for m in (11, 12, 30, 40):
+        kept = kept.with_all(memory[:, :m])
+        assert kept.fresh.shape[1] == m % 12
+        dense = 2.5 * covariance + memory[:, :m] @ memory[:, :m].T
+        torch.testing.assert_close(kept.solve(keys), solve_spd(dense, keys), rtol=1e-8, atol=1e-10)
+    at_once = KeptGram.of(covariance, 2.5, keys).with_all(memory)
+    torch.testing.assert_close(at_once.solve(keys), kept.solve(keys), rtol=0, atol=0)
+
+
+def test_alphaedit_with_remembered_keys_folded_in(make_problem, folding) -> None:
+    solver = AlphaEdit(threshold=None, energy=0.2, ridge=0.3)
+    whole = make_problem(16, 48, 2, 40)
+    for m in (5, 14, 40):
+        problem = replace(whole, memory=whole.memory[:, :m])
+        p = solver.projector(problem)
+        seen = torch.cat([problem.keys, problem.memory], dim=1)
+        system = p @ seen @ seen.T @ p + 0.3 * torch.eye(48, dtype=torch.float64)
+        expected = (torch.linalg.solve(system, p @ problem.keys) @ problem.residual.T).T
+        torch.testing.assert_close(solver.solve(problem).delta(problem.weight), expected, rtol=1e-8, atol=1e-10)
+    # Fewer keys than before: a run that was taken back. The projector stays.
+    shorter = replace(whole, memory=whole.memory[:, :3])
+    kept = solver._kept[whole.layer].projector
+    fresh = AlphaEdit(threshold=None, energy=0.2, ridge=0.3).solve(shorter).delta(whole.weight)
+    torch.testing.assert_close(solver.solve(shorter).delta(whole.weight), fresh, rtol=0, atol=0)
+    assert solver._kept[whole.layer].projector is kept
 
 
 def test_it_belongs_to_one_covariance_and_one_past(parts) -> None:

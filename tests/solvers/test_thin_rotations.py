@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from lit_edit.krylov import Preserved
 from lit_edit.linalg import orthogonality_error
 from lit_edit.solvers import MOSE, MOSEKey, Problem, Solver
 from lit_edit.updates import Rotation, ThinRotation, Update
@@ -116,6 +118,56 @@ def test_a_weight_that_others_changed_is_seen_anew(name: str) -> None:
     exact = SOLVERS[name]("svd")
     reached, least = objective(exact, problem, q, left), objective(exact, problem, best, left)
     assert reached - least < 1e-7 * objective(exact, problem, torch.eye(len(q), dtype=torch.float64), left)
+
+
+def follow(run: Sequence, solver: Solver, edits: int = 3) -> Problem:
+    """Some edits, and the problem that comes next."""
+    for _ in range(edits):
+        problem = run.problem()
+        run.apply(problem, solver.solve(problem))
+    return run.problem()
+
+
+@each_solver
+@pytest.mark.parametrize("restored", [False, True])
+def test_another_weight_of_what_is_preserved_counts_at_once(name: str, restored: bool) -> None:
+    run, solver = Sequence(), SOLVERS[name]("krylov")
+    problem = follow(run, solver)
+    other = SOLVERS[name]("krylov") if restored else solver  # a run that goes on with another configuration
+    other.load_state_dict(solver.state_dict())
+    other.preservation = 0.5  # type: ignore[attr-defined]
+    fresh = SOLVERS[name]("krylov")
+    fresh.preservation = 0.5  # type: ignore[attr-defined]
+    torch.testing.assert_close(dense(other.solve(problem))[0], dense(fresh.solve(problem))[0], rtol=0, atol=1e-6)
+
+
+@each_solver
+@pytest.mark.parametrize("in_place", [False, True])
+def test_another_covariance_counts_at_once(name: str, in_place: bool) -> None:
+    run, solver = Sequence(), SOLVERS[name]("krylov")
+    problem = follow(run, solver)
+    if in_place:
+        problem.covariance.diagonal().add_(0.5)
+    else:
+        problem = replace(problem, covariance=problem.covariance + 0.5 * torch.eye(P, dtype=torch.float64))
+    fresh = SOLVERS[name]("krylov").solve(problem)
+    torch.testing.assert_close(dense(solver.solve(problem))[0], dense(fresh)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1), (torch.float16, 4), (torch.bfloat16, 12)])
+def test_eigenvectors_are_computed_anew_when_rounding_has_added_up(
+    dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    real = Preserved.of.__func__  # type: ignore[attr-defined]
+
+    def counting(cls: type[Preserved], gram: Tensor) -> Preserved:
+        computed.append(1)
+        return real(cls, gram)
+
+    monkeypatch.setattr(Preserved, "of", classmethod(counting))
+    follow(Sequence(dtype), MOSE(5.0), edits=12)
+    assert most / 4 <= len(computed) <= most
 
 
 @each_solver
