@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_edit.linalg import procrustes
+
 _FLOOR = 1e-14  # eigenvalues below this share of the largest are rounding
 _SHIFTS_PER_DECADE = 2.7
 _ACCURACY_OF_HALF = 2 / 3  # with twice the shifts the gap g becomes about g^(3/2)
@@ -102,8 +104,7 @@ def procrustes_near_identity(
     v, a = u.T @ left.to(torch.float64), u.T @ right.to(torch.float64)
     factor = preserved.factor
     largest = float(preserved.values.max())
-    if factor.shape[1]:
-        largest += float(torch.linalg.matrix_norm(factor, 2)) ** 2
+    largest += float(factor.square().sum())  # no less than its largest eigenvalue adds
     smallest = max(float(preserved.values.min()), _FLOOR * largest)
     if not largest > 0:
         raise ValueError("Nothing is preserved: S is zero, and every rotation that fits the edit is as good.")
@@ -120,7 +121,16 @@ def procrustes_near_identity(
         if gap <= tolerance:
             break
         shifts *= 2
-    return ThinSolution(u @ basis, solution, gap)
+    return ThinSolution(_orthonormal(u @ basis), solution, gap)
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    """A step of Newton and Schulz: orthonormal to rounding, for columns that nearly are.
+
+    Eigenvectors that are turned again and again lose some of it, and a turn by a basis that is not orthonormal would
+    double what they have lost.
+    """
+    return 1.5 * basis - 0.5 * (basis @ (basis.T @ basis))
 
 
 def _log_spaced(smallest: float, largest: float, n: int) -> list[float]:
@@ -163,9 +173,10 @@ def _within(preserved: Preserved, v: Tensor, a: Tensor, basis: Tensor) -> tuple[
     s, factor = preserved.values, preserved.factor
     inside = factor.T @ basis
     known = basis.T @ (s[:, None] * basis) + inside.T @ inside
-    u, x, h = torch.linalg.svd(known + (basis.T @ v) @ (a.T @ basis))
+    matrix = known + (basis.T @ v) @ (a.T @ basis)
+    turn = procrustes(matrix)  # where S has a null space, the one that turns it least
     everything = s.sum() + factor.square().sum()
-    return u @ h, everything + (x.sum() - known.trace())
+    return turn, everything + ((turn * matrix).sum() - known.trace())
 
 
 def _less_one(turn: Tensor) -> Tensor:

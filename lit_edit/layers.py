@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_edit.architectures import Architecture
 from lit_edit.keys import KeyAverage, compute_keys
+from lit_edit.linalg import spectral_norm
 from lit_edit.requests import EditRequest
 from lit_edit.solvers import ROME, Problem, Solver
 from lit_edit.values import ValueOptimizer, ValueProblem, Values
@@ -197,7 +198,7 @@ class ActivationSelection(LayerPolicy):
         stored: Tensor = part.projection.weight  # type: ignore[assignment]
         known = self._spectral.get(layer)
         if known is None or known[0]() is not stored or known[1] != stored._version:
-            norm = float(torch.linalg.matrix_norm(part.weight.float(), 2))
+            norm = spectral_norm(part.weight)
             known = self._spectral[layer] = (weakref.ref(stored), stored._version, norm)
         return known[2]
 

@@ -203,19 +203,34 @@ class Suffixes(Passes):
         return found[0]
 
 
-def supported(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+class CannotCutError(RuntimeError):
+    """A cut pass does not give what a complete one gives."""
+
+
+_WINDOWED = {"full_attention", "sliding_attention"}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest logit; in half precision 0.1
+
+
+def supported(model: nn.Module, blocks: Sequence[nn.Module], longest: int) -> bool:
     """Whether a model's passes can be cut: plain causal attention over all tokens, positions given explicitly.
 
-    Left out are attention windows, state-space and recurrent layers, biases that grow with the distance of tokens in
-    the cache (ALiBi), and attention implementations that take no mask. Such models run complete passes.
+    Left out are attention windows shorter than the texts, state-space and recurrent layers, biases that grow with the
+    distance of tokens in the cache (ALiBi), and attention implementations that take no mask. Such models run complete
+    passes. What this does not know of a model, `cut` finds out by comparing.
+
+    Args:
+        model: a causal language model.
+        blocks: all its blocks.
+        longest: tokens of the longest text.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     if getattr(text, "_attn_implementation", None) not in ("sdpa", "eager") or getattr(text, "alibi", False):
         return False
-    kinds = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None) if kinds is None else set(kinds) != {"full_attention"}
-    return not window and len(blocks) > 0 and output_embeddings(model) is not None
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])
+    window = getattr(text, "sliding_window", None) if "sliding_attention" in kinds else None
+    fits = kinds <= _WINDOWED and (not window or longest < window)
+    return fits and len(blocks) > 0 and output_embeddings(model) is not None
 
 
 @torch.no_grad()
@@ -227,6 +242,9 @@ def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, firsts: Seq
         blocks: all its blocks, in order.
         batch: the rows, each with its subject's last token.
         firsts: blocks at which rows may join; the result is to be used through its ``select``.
+
+    Raises:
+        CannotCutError: if the longest row comes out differently when cut.
     """
     entered: dict[int, Tensor] = {}
     tuples: list[bool] = []
@@ -244,21 +262,23 @@ def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, firsts: Seq
     handles = [blocks[f].register_forward_pre_hook(entering(f), with_kwargs=True) for f in sorted(set(firsts))]
     handles.append(blocks[0].register_forward_hook(leave))
     starts = batch.subject_last
-    nowhere = torch.zeros(1, dtype=torch.long, device=starts.device)
+    lengths = batch.attention_mask.sum(1)
+    row = lengths.argmax()[None]
     try:
-        with logits_only_at(model, nowhere, nowhere):  # logits are not needed, one place is the least there is
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache, use_cache=True)
+        with logits_only_at(model, row, lengths[row] - 1):
+            whole = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache, use_cache=True
+            ).logits[0]
     finally:
         for handle in handles:
             handle.remove()
     length = batch.input_ids.shape[1]
-    lengths = batch.attention_mask.sum(1)
     prefix, width = int(starts.max()), int((lengths - starts).max())
     at = starts[:, None] + torch.arange(width, device=starts.device)
     inside = at < lengths[:, None]
     at = at.clamp_max(length - 1)
     left = torch.arange(prefix, device=starts.device)[None] < starts[:, None]
-    return Suffixes(
+    found = Suffixes(
         model=model,
         blocks=blocks,
         ids=batch.input_ids.gather(1, at),
@@ -271,6 +291,14 @@ def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, firsts: Seq
         past=[(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in _filled(cache)],
         tuples=tuples[0],
     )
+    alone = found.select(row.tolist(), [min(firsts)])
+    part = alone.logits(torch.zeros_like(row), lengths[row] - 1 - starts[row], {})
+    if not bool((part - whole).abs().max() <= _TOLERANCE.get(whole.dtype, 0.1) * whole.abs().max()):
+        raise CannotCutError(
+            f"Passes of {type(model).__name__} from the edited token on do not give what complete ones give: values "
+            "are optimised on complete passes, which takes longer."
+        )
+    return found
 
 
 def _filled(cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from lit_edit.linalg import (
     procrustes,
     singular_values,
     solve_spd,
+    spectral_norm,
     spectrum_summary,
     svd_of_rank,
 )
@@ -247,3 +248,20 @@ def test_left_singular_leaves_the_right_ones_out() -> None:
     left, sizes = left_singular(matrix)
     torch.testing.assert_close(sizes, torch.linalg.svdvals(matrix))
     torch.testing.assert_close(left @ torch.diag(sizes**2) @ left.T, matrix @ matrix.T)
+
+
+@pytest.mark.parametrize(("d", "p"), [(40, 90), (200, 450), (450, 200)])
+@pytest.mark.parametrize("decay", [0.0, 0.01, 3.0])  # all but equal values are the hardest to tell apart
+def test_spectral_norm_is_the_largest_singular_value(d: int, p: int, decay: float) -> None:
+    values = torch.logspace(0.5, 0.5 - decay, min(d, p), dtype=torch.float64)
+    matrix = with_singular_values(d, p, values)
+    assert spectral_norm(matrix) == pytest.approx(10**0.5, rel=1e-9)
+    assert spectral_norm(torch.zeros(d, p)) == 0.0
+
+
+def test_spectral_norm_of_random_matrices_and_of_none() -> None:
+    for seed in range(3):
+        matrix = normal(160, 300, seed=seed)
+        assert spectral_norm(matrix) == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-9)
+    with pytest.raises(ValueError, match=r"shape \(0, 3\) has no spectral norm"):
+        spectral_norm(torch.zeros(0, 3))

@@ -12,8 +12,10 @@ import torch
 from editing_references import make_workspace, requests
 from torch import Tensor, nn
 
-from lit_edit.suffix import CompletePasses, Suffixes, cut, supported
+from lit_edit.keys import MeanKey
+from lit_edit.suffix import CannotCutError, CompletePasses, Suffixes, cut, supported
 from lit_edit.taps import change_outputs
+from lit_edit.values import ValueOptimizer, ValueProblem
 from lit_edit.workspace import Workspace
 
 
@@ -178,18 +180,57 @@ def test_blocks_that_return_tuples_are_answered_with_tuples(tiny) -> None:
     "changes",
     [
         {"_attn_implementation": "flash_attention_2"},
-        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 40},
         {"layer_types": ["linear_attention"]},
-        {"sliding_window": 4096},
+        {"layer_types": ["full_attention", "chunked_attention"]},
+        {"sliding_window": 40},
         {"alibi": True},
     ],
 )
 def test_what_cannot_be_cut_is_said_so(tiny, changes: dict[str, Any]) -> None:
     model, blocks = tiny[0], [nn.Identity()]
-    assert supported(model, blocks)
+    assert supported(model, blocks, 40)
     settings = {"_attn_implementation": "sdpa", "layer_types": None, "sliding_window": None, "alibi": False} | changes
     other = SimpleNamespace(config=SimpleNamespace(**settings), get_output_embeddings=model.get_output_embeddings)
-    assert not supported(other, blocks)  # type: ignore[arg-type]
+    assert not supported(other, blocks, 40)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 41},
+        {"layer_types": ["full_attention"], "sliding_window": 8},  # which no layer has
+        {"sliding_window": 4096},
+    ],
+)
+def test_windows_that_no_text_fills_do_no_harm(tiny, changes: dict[str, Any]) -> None:
+    settings = {"_attn_implementation": "sdpa", "layer_types": None, "sliding_window": None} | changes
+    other = SimpleNamespace(config=SimpleNamespace(**settings), get_output_embeddings=tiny[0].get_output_embeddings)
+    assert supported(other, [nn.Identity()], 40)  # type: ignore[arg-type]
+
+
+def test_a_model_that_does_not_bear_it_is_found_out(tiny) -> None:
+    workspace = make_workspace(tiny)
+    blocks = blocks_of(workspace)
+
+    def nearer(_: nn.Module, args: Any, output: Any) -> Any:
+        """What a bias by the distance to the first token of a pass does, which is another one in a cut pass."""
+        state = output[0] if isinstance(output, tuple) else output
+        moved = state * torch.linspace(1, 2, state.shape[1], dtype=state.dtype)[:, None]
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    for block in blocks:
+        block.register_forward_hook(nearer)
+    with pytest.raises(CannotCutError, match="optimised on complete passes"):
+        cut(workspace.model, blocks, rows_of(workspace), [1])
+    values = ValueOptimizer(steps=1)
+    problems = [ValueProblem(0, (1,))]
+    with pytest.warns(UserWarning, match="optimised on complete passes"):
+        found = values.optimise(workspace, requests(), problems, MeanKey())
+    again = values.optimise(workspace, requests(), problems, MeanKey())  # without a warning
+    complete = ValueOptimizer(steps=1, complete_passes=True).optimise(workspace, requests(), problems, MeanKey())
+    for other in (again, complete):
+        torch.testing.assert_close(other.targets[0][1], found.targets[0][1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("chosen", [list(range(16)), [5, 1, 1]])
@@ -254,7 +295,9 @@ def test_one_complete_pass_serves_all_blocks(tiny) -> None:
     workspace = make_workspace(tiny)
     batch, blocks, model = rows_of(workspace), blocks_of(workspace), workspace.model
     ran: list[int] = []
-    handle = blocks[0].register_forward_hook(lambda *_: ran.append(0))
+    handle = blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: ran.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
     cut(model, blocks, batch, [0, 1, 3])
     handle.remove()
-    assert ran == [0]
+    assert ran == [len(batch.input_ids), 1]  # and one row to compare

@@ -205,6 +205,24 @@ def test_a_problem_that_is_done_stays_as_it_is_while_others_go_on(tiny, kind: st
             assert torch.equal(value, start.targets[i][layer]) == (i in at_once)
 
 
+@each_kind
+def test_a_batch_worked_through_in_parts_gives_the_same(tiny, kind: str) -> None:
+    workspace, values = make_workspace(tiny), optimizer(kind)
+    whole = values.optimise(workspace, requests(), PROBLEMS, MeanKey())
+    for most in (1, 2 * (len(workspace.contexts) + 1)):
+        values.max_rows = most
+        parts = values.optimise(workspace, requests(), PROBLEMS, MeanKey())
+        assert parts.problems == whole.problems
+        assert parts.steps == whole.steps
+        assert parts.loss == pytest.approx(whole.loss, abs=1e-6)
+        assert parts.probability == pytest.approx(whole.probability, rel=1e-5)
+        for one, other in zip(parts.targets, whole.targets, strict=True):
+            for layer, value in one.items():
+                torch.testing.assert_close(value, other[layer], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="max_rows of at least 1, not 0"):
+        optimizer(kind, max_rows=0)
+
+
 @pytest.mark.parametrize(("kind", "schedule"), [*((kind, None) for kind in KINDS), ("mlp, clamped", EAC(50.0, 0.0))])
 def test_looking_rarely_which_problems_are_done_changes_nothing(
     tiny, kind: str, schedule: EAC | None, monkeypatch: pytest.MonkeyPatch

@@ -75,7 +75,7 @@ class AlphaEdit(Solver):
 
     def kept_size(self, d: int, p: int) -> int:
         """The projector, what remembered keys make of it, and the last of them as they are and solved for."""
-        return 2 * p * p + 2 * p * max(FOLD_AT, p // 4) if self.use_memory else p * p
+        return 2 * p * p + 2 * p * max(FOLD_AT, p // 16) if self.use_memory else p * p
 
     def projector(self, problem: Problem) -> Tensor:
         """``P (p, p)`` in float64 for the problem's layer, computed once per covariance.

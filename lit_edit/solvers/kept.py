@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_edit.linalg import NotPositiveDefiniteError, cholesky_spd, null_space_projector, version_of
 
-FOLD_AT = 64  # remembered keys beside what is kept, at least; and never fewer than a quarter of the key's size
+FOLD_AT = 64  # remembered keys beside what is kept, at least; and never fewer than a sixteenth of the key's size
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class Kept(ABC):
     """``B⁻¹`` in some form and, by the Woodbury identity, what the remembered keys that came since change in it.
 
     With ``F`` those keys, a system takes O(p²) operations per right-hand side and O(p f) for ``f`` of them, and a new
-    key the same. Before they are a quarter of ``p`` they go into ``B``, so that neither grows without bound.
+    key the same. Once they are a sixteenth of ``p`` they go into ``B``, so that neither grows without bound.
 
     Keys come in one by one, and go into ``B`` at set counts: the result does not depend, to the last bit, on how many
     came at once. A run that goes on from a checkpoint gets all of them together.
@@ -57,9 +57,9 @@ class Kept(ABC):
         )
 
     def begins(self, remembered: Tensor) -> bool:
-        """Whether its remembered keys are the first of these."""
+        """Whether its remembered keys are the first of these, as far as a few of them tell."""
         known = self.remembered.shape[1]
-        return remembered.shape[1] >= known and torch.equal(remembered[:, :known], self.remembered)
+        return remembered.shape[1] >= known and torch.equal(marks(remembered, known), marks(self.remembered, known))
 
     def with_all(self, remembered: Tensor) -> Self:
         """With the keys that have come since."""
@@ -82,7 +82,8 @@ class Kept(ABC):
             solved=torch.cat([self.solved, solved], dim=1),
             inner=inner,
         )
-        return kept.folded() if n + 1 >= max(FOLD_AT, len(column) // 4) else kept
+        # Should it be refused, it is tried again at twice as many.
+        return kept.folded() if (n + 1) % max(FOLD_AT, len(column) // 16) == 0 else kept
 
     def solve(self, x: Tensor) -> Tensor:
         """``(B + M Mᵀ)⁻¹ x``, for ``x (p, n)``."""
@@ -188,3 +189,11 @@ class KeptProjection(Kept):
 def _no_keys(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = like[:, :0]
     return none, none, none, none.T @ none
+
+
+def marks(remembered: Tensor, known: int) -> Tensor:
+    """A few of the first ``known`` columns, the first and the last among them, by which they are known again.
+
+    Keys are never the same by chance, and comparing all of them would take the longer the more there are.
+    """
+    return remembered[:, sorted({0, known // 3, 2 * known // 3, known - 1})] if known else remembered[:, :0]

@@ -11,9 +11,11 @@ from torch import Tensor
 from lit_edit.krylov import Preserved, procrustes_near_identity
 from lit_edit.linalg import procrustes, solve_spd, version_of
 from lit_edit.solvers.base import Problem, Solver, check_positive
+from lit_edit.solvers.kept import marks
 from lit_edit.updates import KeyRotation, ThinKeyRotation, Update
 
 FOLD_AT = 128  # columns beside the eigenbasis
+_CORRECTIONS, _EXACT = 6, 1e-12  # of solutions with a triangle: how often at most, and what is good enough
 _NOTHING = 1e-8  # of a key's length: a null-space part this short is rounding and points nowhere
 
 
@@ -74,6 +76,7 @@ class MOSEKey(Solver):
             raise ValueError(f"The method of MOSEKey is 'krylov' or 'svd', not {method!r}.")
         self.target, self.method = target, method
         self._kept: dict[str, _Kept] = {}
+        self._triangles: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def solve(self, problem: Problem) -> Update:
@@ -88,10 +91,10 @@ class MOSEKey(Solver):
             raise ValueError(f"A key of layer {problem.layer!r} is zero: no rotation can move its output.")
         given, remembered = self.covariance(problem), self.remembered(problem)
         if self.target == "exact":
-            wanted = matched_keys(problem.weight, keys, problem.targets)
+            wanted = self._matched(problem)
         else:
             wanted = least_changed_keys(problem.weight, keys, problem.targets, given.detach().to(keys))
-        if self.method == "svd" or 40 * keys.shape[1] >= len(keys):  # a space for so many keys would fill the whole
+        if self.method == "svd" or 60 * keys.shape[1] >= len(keys):  # a space for so many keys would fill the whole
             m = torch.addmm(self.preservation * given.detach().to(keys), remembered, remembered.T)
             return KeyRotation(procrustes(m.addmm_(wanted, keys.T)))
         kept = self._kept.get(problem.layer)
@@ -102,9 +105,30 @@ class MOSEKey(Solver):
         solution = procrustes_near_identity(kept.preserved, wanted, keys)
         return ThinKeyRotation(solution.basis, solution.turn)
 
+    def _matched(self, problem: Problem) -> Tensor:
+        """`matched_keys` with the triangle kept: turning keys leaves ``W Wᵀ`` as it is but for rounding."""
+        weight, outputs = problem.weight, torch.cat([problem.targets, problem.weight @ problem.keys], dim=1)
+        kept = self._triangles.get(problem.layer)
+        rows = None if kept is None or len(kept) != len(weight) else _refined(weight, outputs, kept)
+        if rows is None:
+            fresh = _triangle(weight)
+            if fresh is None:
+                return matched_keys(weight, problem.keys, problem.targets)
+            self._triangles[problem.layer] = fresh
+            rows = _refined(weight, outputs, fresh)
+        return _matched(problem.keys, problem.targets, torch.linalg.pinv(weight) @ outputs if rows is None else rows)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The triangles by layer: computed anew they would differ in the last bits."""
+        return dict(self._triangles)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores them."""
+        self._triangles = dict(state)
+
     def kept_size(self, d: int, p: int) -> int:
-        """The eigenvectors, and what stands beside them; none with ``method="svd"``."""
-        return 0 if self.method == "svd" else p * (p + FOLD_AT)
+        """A triangle and, with ``method="krylov"``, the eigenvectors and what stands beside them."""
+        return d * d + (0 if self.method == "svd" else p * (p + FOLD_AT))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +148,7 @@ class _Kept:
             and version_of(covariance) == self.version
             and preservation == self.preservation
             and remembered.shape[1] >= known
-            and torch.equal(remembered[:, :known], self.remembered)
+            and torch.equal(marks(remembered, known), marks(self.remembered, known))
         )
 
     def with_all(self, remembered: Tensor) -> _Kept:
@@ -149,8 +173,16 @@ def matched_keys(weight: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
     Returns:
         ``K* (p, n)`` as described for ``exact`` in `MOSEKey`.
     """
+    outputs = torch.cat([targets, weight @ keys], dim=1)
+    triangle = _triangle(weight)
+    rows = None if triangle is None else _refined(weight, outputs, triangle)
+    return _matched(keys, targets, torch.linalg.pinv(weight) @ outputs if rows is None else rows)
+
+
+def _matched(keys: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+    """`matched_keys` from the parts in the row space of ``W`` that targets and outputs come from, (p, 2 n)."""
     lengths = keys.norm(dim=0)
-    row, present = _pseudo_inverse(weight, torch.cat([targets, weight @ keys], dim=1)).chunk(2, dim=1)
+    row, present = rows.chunk(2, dim=1)
     null = keys - present
     reached, free = row.norm(dim=0), null.norm(dim=0)
     scale = (lengths**2 - reached**2).clamp(min=0).sqrt() / free
@@ -160,15 +192,29 @@ def matched_keys(weight: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
     return torch.where((reached <= lengths) & (free > _NOTHING * lengths), exact, direction)
 
 
-def _pseudo_inverse(weight: Tensor, outputs: Tensor) -> Tensor:
-    """``W⁺ outputs``: by a QR factorisation of ``Wᵀ`` where the weight has full row rank, by its SVD elsewhere."""
+def _triangle(weight: Tensor) -> Tensor | None:
+    """``L`` with ``L Lᵀ = W Wᵀ``, from a QR factorisation of ``Wᵀ``; None unless ``W`` has full row rank."""
     d, p = weight.shape
-    if d <= p:
-        q, r = torch.linalg.qr(weight.T)
-        pivots = r.diagonal().abs()
-        if float(pivots.min()) > p * torch.finfo(weight.dtype).eps * float(pivots.max()):
-            return q @ torch.linalg.solve_triangular(r.T, outputs, upper=False)
-    return torch.linalg.pinv(weight) @ outputs
+    if d > p:
+        return None
+    lower = torch.linalg.qr(weight.T, mode="r").R.T
+    pivots = lower.diagonal().abs()
+    return lower if float(pivots.min()) > p * torch.finfo(weight.dtype).eps * float(pivots.max()) else None
+
+
+def _refined(weight: Tensor, outputs: Tensor, triangle: Tensor) -> Tensor | None:
+    """``W⁺ outputs = Wᵀ (W Wᵀ)⁻¹ outputs``, corrected until ``W`` gives the outputs; None if it does not come to that.
+
+    The triangle may be that of a weight before rounding.
+    """
+    found = weight.T @ torch.cholesky_solve(outputs, triangle)
+    size = torch.linalg.vector_norm(outputs)
+    for _ in range(_CORRECTIONS):
+        left = outputs - weight @ found
+        if bool(torch.linalg.vector_norm(left) <= _EXACT * size):
+            return found
+        found = found + weight.T @ torch.cholesky_solve(left, triangle)
+    return None
 
 
 def least_changed_keys(weight: Tensor, keys: Tensor, targets: Tensor, covariance: Tensor) -> Tensor:

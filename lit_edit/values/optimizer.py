@@ -6,6 +6,7 @@ whose outputs it may change) contributes its rows, and a hook per layer changes 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,8 +18,8 @@ from lit_edit.keys import KeyAverage, compute_keys
 from lit_edit.prompts import Row
 from lit_edit.requests import EditRequest
 from lit_edit.restraints import Ground
-from lit_edit.suffix import CompletePasses, Passes, cut, supported
-from lit_edit.taps import read_outputs
+from lit_edit.suffix import CannotCutError, CompletePasses, Passes, cut, supported
+from lit_edit.taps import logits_only_at, read_outputs
 from lit_edit.values.constraints import Constraint, NormClamp
 from lit_edit.values.penalties import Penalty
 from lit_edit.values.schedules import Descent, Plain, Schedule, Stage
@@ -118,6 +119,8 @@ class ValueOptimizer:
         complete_passes: run every token through every block at every step, instead of computing once what a change
             cannot reach. The numbers are the same to rounding; for comparison, and for models whose passes cannot be
             cut, which always run complete ones.
+        max_rows: the most texts in a pass, which bounds its memory: a problem has one for each context, and one for the
+            KL term. A batch that has more is worked through in parts, with the same result.
 
     Raises:
         ValueError: for a constraint that the site or the schedule cannot take, or numbers out of range.
@@ -136,6 +139,7 @@ class ValueOptimizer:
         penalties: list[Penalty] | None = None,
         schedule: Schedule | None = None,
         complete_passes: bool = False,
+        max_rows: int = 1024,
     ) -> None:
         self.constraint = constraint if constraint is not None else NormClamp(4.0)
         if site == "block" and self.constraint.replaces:
@@ -150,7 +154,9 @@ class ValueOptimizer:
         self.stop_loss, self.kl_factor, self.weight_decay = stop_loss, kl_factor, weight_decay
         self.penalties = list(penalties or [])
         self.schedule = schedule if schedule is not None else Plain()
-        self.complete_passes = complete_passes
+        if max_rows < 1:
+            raise ValueError(f"Values need max_rows of at least 1, not {max_rows}.")
+        self.complete_passes, self.max_rows = complete_passes, max_rows
         self.schedule.check(self.constraint)
 
     def optimise(
@@ -165,6 +171,8 @@ class ValueOptimizer:
     ) -> Values:
         """Runs the optimisation. Needs gradients enabled; leaves no gradient on the model's weights.
 
+        Problems are independent of one another. So many as ``max_rows`` allows are worked on together, at least one.
+
         Args:
             workspace: the model.
             requests: the requests that problems refer to.
@@ -175,6 +183,32 @@ class ValueOptimizer:
             grounds: what penalties look at, for every layer of the problems. None leaves penalties out, as layer
                 policies do, which compare candidates by the plain loss.
         """
+        number = len(workspace.contexts if contexts is None else contexts) + bool(self.kl_factor)
+        together = max(1, self.max_rows // number)
+        problems = list(problems)
+        parts = [
+            self._optimise(workspace, requests, problems[i : i + together], average, steps, contexts, grounds)
+            for i in range(0, len(problems), together)
+        ]
+        return Values(
+            problems,
+            [target for part in parts for target in part.targets],
+            [loss for part in parts for loss in part.loss],
+            [chance for part in parts for chance in part.probability],
+            [taken for part in parts for taken in part.steps],
+        )
+
+    def _optimise(
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        problems: Sequence[ValueProblem],
+        average: KeyAverage,
+        steps: int | None,
+        contexts: Sequence[str] | None,
+        grounds: Mapping[int, Ground] | None,
+    ) -> Values:
+        """`optimise` for problems that all go together."""
         starts = self._starts(workspace, requests, problems, average)  # (slots, d)
         slots = [(p, layer) for p, problem in enumerate(problems) for layer in problem.layers]
         outputs = self._with_bias(workspace, starts, slots)
@@ -301,10 +335,12 @@ class ValueOptimizer:
     ) -> Tensor:
         """Log-probabilities (problems, vocabulary) after "{subject} is a", before any change."""
         batch = workspace.prompter.collate([workspace.essence_row(r) for r in requests], workspace.device)
-        logits = workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        at = batch.attention_mask.sum(1) - 1
-        found = logits[torch.arange(len(requests)), at].float().log_softmax(-1)
-        return found[[p.request for p in problems]]
+        every, ends = torch.arange(len(requests), device=workspace.device), batch.attention_mask.sum(1) - 1
+        with logits_only_at(workspace.model, every, ends):
+            logits = workspace.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits[0]
+        return logits.float().log_softmax(-1)[[p.request for p in problems]]
 
     def _texts(
         self,
@@ -328,8 +364,13 @@ class ValueOptimizer:
         blocks = [part.block for part in workspace.architecture.layers]
         first = [min(p.layers) for p in problems]
         passes: Passes = CompletePasses(workspace.model, batch)
-        if not self.complete_passes and supported(workspace.model, blocks):
-            passes = cut(workspace.model, blocks, batch, first)
+        longest = max(len(row.ids) for row in rows)
+        if not self.complete_passes and workspace.cuttable and supported(workspace.model, blocks, longest):
+            try:
+                passes = cut(workspace.model, blocks, batch, first)
+            except CannotCutError as error:
+                workspace.cuttable = False
+                warnings.warn(str(error), stacklevel=2)
         return _Texts(
             rows,
             [rewriting[p.request] for p in problems],

@@ -40,7 +40,7 @@ def test_keys_that_come_together_count_as_those_that_come_one_by_one(parts) -> N
 
 @pytest.fixture
 def folding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_edit.solvers.kept.FOLD_AT", 12)  # a quarter of p, which is the other limit
+    monkeypatch.setattr("lit_edit.solvers.kept.FOLD_AT", 12)
 
 
 def test_remembered_keys_go_in_and_the_systems_stay_the_same(make_problem, folding) -> None:

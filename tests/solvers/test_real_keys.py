@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from editing_references import CONTEXTS, make_workspace, matrix_of, reference_keys
-from run_examples import CORPUS
+from lightning.pytorch import Callback
+from lit_edit.callbacks import EditCheckpoint
+from run_examples import (
+    CORPUS,
+    PowerCut,
+    assert_same_weights,
+    data,
+    entries,
+    quick_editor,
+    trainer,
+    write_corpus,
+)
+from tiny_models import tiny_tokenizer
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from lit_edit import load_model
+from lit_edit import LitEdit, load_model
+from lit_edit.editors import LocateThenEdit
 from lit_edit.keys import MeanKey, compute_keys
+from lit_edit.linalg import orthogonality_error
+from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.requests import EditRequest
 from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem, Solver
+from lit_edit.solvers.mose_key import matched_keys
 from lit_edit.statistics import collect_covariances
+from lit_edit.updates import ThinKeyRotation, ThinRotation
 
 SUBJECTS = ("France", "Maria", "Oslo", "Москва", "the old harbour", "Peru", "Kenya", "Rome", "Paris", "an owl")
 LAYER = 1
@@ -105,10 +124,18 @@ CASES: dict[str, tuple[Solver, float, Callable[[Problem, Tensor, Tensor], Tensor
 }
 
 
+Real = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def real(request: pytest.FixtureRequest, tiny_folder) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def real(request: pytest.FixtureRequest, tiny_folder) -> Real:
     """Weight (d, p), ten keys (p, 10), three keys of past edits, keys of a corpus as rows, and their covariance."""
-    workspace = make_workspace(load_model(str(tiny_folder(request.param))))
+    return real_problem(tiny_folder(request.param))
+
+
+def real_problem(folder: Path) -> Real:
+    """What `real` gives, of a model in a folder."""
+    workspace = make_workspace(load_model(str(folder)))
     part = workspace.architecture[LAYER]
     rows: list[Tensor] = []
     hook = part.projection.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][0].double()))
@@ -181,3 +208,121 @@ def test_alphaedit_with_all_directions_free_is_memit_with_an_isotropic_covarianc
         )
         memit = MEMIT(1.0, memory=past).solve(Problem(weight, keys[:, :n], targets, ridge * identity, memory))
         torch.testing.assert_close(alpha.delta(weight), memit.delta(weight), rtol=1e-8, atol=1e-10)
+
+
+# Rotations without a dense decomposition. The models above are too narrow for them: where a batch's Krylov space would
+# fill the whole one, MOSE takes the dense one.
+
+WIDTH, INNER = 192, 224
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saves a random model of three layers that is wide enough for batches of two, and gives its folder."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family in made:
+            return made[family]
+        tokenizer = tiny_tokenizer(bos=family == "llama")
+        ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 3, "num_attention_heads": 4}
+        config = (
+            GPT2Config(n_embd=WIDTH, n_inner=INNER, n_layer=3, n_head=4, n_positions=128, initializer_range=0.2, **ids)
+            if family == "gpt2"
+            else LlamaConfig(**sizes, max_position_embeddings=128, initializer_range=0.1, **ids)
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config)
+        made[family] = tmp_path_factory.mktemp(f"wide-{family}")
+        model.save_pretrained(made[family])
+        tokenizer.save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def wide(request: pytest.FixtureRequest, wide_folder: Callable[[str], Path]) -> Real:
+    return real_problem(wide_folder(request.param))
+
+
+def left_part(solver: MOSE | MOSEKey, problem: Problem) -> Tensor:
+    """The matrix whose orthogonal polar factor is wanted, summed up as printed."""
+    weight, keys = problem.weight, problem.keys
+    kept = solver.preservation * problem.covariance + problem.memory @ problem.memory.T  # type: ignore[operator]
+    if isinstance(solver, MOSE):
+        return weight @ kept @ weight.T + problem.targets @ (weight @ keys).T
+    return kept + matched_keys(weight, keys, problem.targets) @ keys.T
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("make", [MOSE, MOSEKey])
+def test_rotations_in_a_krylov_space_are_as_good_as_the_dense_ones(
+    wide: Real, make: type[MOSE] | type[MOSEKey], n: int
+) -> None:
+    weight, keys, memory, _, covariance = wide
+    assert weight.shape == (WIDTH, INNER)
+    spectrum = torch.linalg.svdvals(weight)
+    generator, thin = torch.Generator().manual_seed(n), make(preservation=10.0)
+    for start in range(0, 3 * n, n):
+        now = keys[:, start : start + n]
+        targets = torch.randn(WIDTH, n, generator=generator, dtype=torch.float64)
+        targets *= (weight @ now).norm(dim=0) / targets.norm(dim=0)
+        problem = Problem(weight, now, targets, covariance, memory, layer="wide")
+        update = thin.solve(problem)
+        assert isinstance(update, (ThinRotation, ThinKeyRotation))
+        identity = torch.eye(WIDTH if make is MOSE else INNER, dtype=torch.float64)
+        q = identity + update.delta(identity)
+        assert orthogonality_error(q) < 1e-12
+        # tr(Qᵀ M) is at most the sum of M's singular values, reached by its polar factor, which the SVD gives.
+        m = left_part(thin, problem)
+        most = float(torch.linalg.svdvals(m).sum())
+        dense = identity + make(preservation=10.0, method="svd").solve(problem).delta(identity)
+        assert float((dense * m).sum()) == pytest.approx(most, rel=1e-12)
+        assert most - float((q * m).sum()) <= 1e-9 * most
+        assert most - float(m.trace()) > 1e-6 * most  # there was something to do
+        weight, memory = weight + update.delta(weight), torch.cat([memory, now], dim=1)
+    torch.testing.assert_close(torch.linalg.svdvals(weight), spectrum, rtol=1e-10, atol=0)
+
+
+@pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")
+@pytest.mark.parametrize(("method", "family"), [("mose", "gpt2"), ("mose", "llama"), ("mose-key", "llama")])
+def test_a_resumed_run_of_krylov_rotations_equals_an_uninterrupted_one(
+    wide_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    family: str,
+) -> None:
+    taken: list[str] = []
+    for kind in (MOSE, MOSEKey):
+        solve = kind.solve
+
+        def watched(self: Solver, problem: Problem, solve=solve) -> object:
+            taken.append(type(update := solve(self, problem)).__name__)
+            return update
+
+        monkeypatch.setattr(kind, "solve", watched)
+
+    def make() -> LitEdit:
+        editor = quick_editor(method)
+        assert isinstance(editor, LocateThenEdit)
+        return LitEdit(editor, str(wide_folder(family)), corpus=str(write_corpus(tmp_path)))
+
+    straight, first, resumed = make(), make(), make()
+
+    def fit(module: LitEdit, *more: Callback, ckpt_path: Path | None = None) -> None:
+        callbacks = [EditCheckpoint(str(tmp_path), every_n=3), *more]
+        trainer(tmp_path, *callbacks).fit(module, datamodule=data(tmp_path, 5), ckpt_path=ckpt_path, weights_only=True)
+
+    fit(straight)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(first, PowerCut(4))
+    assert len(torch.load(tmp_path / "edits.ckpt", weights_only=True)[CHECKPOINT_KEY]["journal"]) == 3
+    fit(resumed, ckpt_path=tmp_path / "edits.ckpt")
+    assert set(taken) <= {"ThinRotation", "ThinKeyRotation"}
+    assert len(taken) >= 5 + 4 + 2
+    assert_same_weights(resumed.model, straight.model)
+    assert entries(resumed.journal) == entries(straight.journal)

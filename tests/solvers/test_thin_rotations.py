@@ -14,7 +14,7 @@ from lit_edit.linalg import orthogonality_error
 from lit_edit.solvers import MOSE, MOSEKey, Problem, Solver
 from lit_edit.updates import Rotation, ThinRotation, Update
 
-D, P = 96, 160
+D, P = 128, 200
 SOLVERS: dict[str, Callable[[str], Solver]] = {
     "mose": lambda method: MOSE(preservation=5.0, method=method),  # type: ignore[arg-type]
     "mose without memory": lambda method: MOSE(preservation=5.0, memory=False, method=method),  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def test_another_weight_of_what_is_preserved_counts_at_once(name: str, restored:
     other.preservation = 0.5  # type: ignore[attr-defined]
     fresh = SOLVERS[name]("krylov")
     fresh.preservation = 0.5  # type: ignore[attr-defined]
-    torch.testing.assert_close(dense(other.solve(problem))[0], dense(fresh.solve(problem))[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(dense(other.solve(problem))[0], dense(fresh.solve(problem))[0], rtol=0, atol=1e-4)
 
 
 @each_solver
@@ -151,7 +151,7 @@ def test_another_covariance_counts_at_once(name: str, in_place: bool) -> None:
     else:
         problem = replace(problem, covariance=problem.covariance + 0.5 * torch.eye(P, dtype=torch.float64))
     fresh = SOLVERS[name]("krylov").solve(problem)
-    torch.testing.assert_close(dense(solver.solve(problem))[0], dense(fresh)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(dense(solver.solve(problem))[0], dense(fresh)[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1), (torch.float16, 4), (torch.bfloat16, 12)])
@@ -219,3 +219,41 @@ def test_many_remembered_keys_are_folded_in_and_stay_exact(name: str, monkeypatc
 def test_an_unknown_method_is_refused(make: type[MOSE] | type[MOSEKey]) -> None:
     with pytest.raises(ValueError, match="is 'krylov' or 'svd', not 'qr'"):
         make(method="qr")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lambda: MOSE(5.0), lambda: MOSE(5.0, memory=False)])
+def test_bases_stay_orthonormal_over_a_long_run(make: Callable[[], MOSE]) -> None:
+    run, solver = Sequence(torch.float32), make()
+    for _ in range(400):
+        problem = run.problem()
+        update = solver.solve(problem)
+        assert isinstance(update, ThinRotation)
+        run.apply(problem, update)
+    vectors = solver._carried["layer"].vectors
+    assert orthogonality_error(vectors) < 1e-12
+    assert orthogonality_error(dense(update)[0]) < 1e-13
+
+
+@pytest.mark.parametrize("name", ["mose", "mose-key"])
+def test_what_nothing_is_known_of_is_turned_least(name: str) -> None:
+    run = Sequence()
+    few = torch.linalg.cholesky(run.covariance)[:, :40]
+    problem = replace(run.problem(), covariance=few @ few.T)
+    thin, exact = (dense(SOLVERS[name](method).solve(problem))[0] for method in ("krylov", "svd"))
+    torch.testing.assert_close(thin, exact, rtol=0, atol=1e-5)
+
+
+def test_keys_are_matched_with_a_triangle_of_the_weight_before_rounding() -> None:
+    run, solver = Sequence(torch.float32), MOSEKey(5.0)
+    for _ in range(30):
+        problem = run.problem()
+        torch.testing.assert_close(solver._matched(problem), wanted_keys(solver, problem), rtol=0, atol=1e-9)
+        run.apply(problem, solver.solve(problem))
+    triangle = solver._triangles["layer"]
+    run.weight += 0.5 * torch.randn(D, P, generator=run.g, dtype=torch.float64)
+    problem = run.problem()
+    torch.testing.assert_close(solver._matched(problem), wanted_keys(solver, problem), rtol=0, atol=1e-9)
+    assert solver._triangles["layer"] is not triangle
+    run.weight[1] = run.weight[0]  # no full row rank
+    problem = run.problem()
+    torch.testing.assert_close(solver._matched(problem), wanted_keys(solver, problem), rtol=0, atol=1e-9)
