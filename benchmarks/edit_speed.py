@@ -1,12 +1,14 @@
 """What an edit costs and what it must cost: ratios within one run, medians over repeats: `make bench`.
 
 * ``values``: v* as the package computes it (only what a change can reach, all requests of a batch together), against
-  complete passes over the same batch, and against the published way: one request at a time, every token through every
-  block, all logits. With the floating-point operations that are needed and the time they take at the speed of a large
-  matrix product on this machine.
-* ``solve``: MOSE's rotation in a rational Krylov space against the SVD of the dense matrix, and what is lost in the
-  objective.
+  complete passes (of ten requests at most), and against the published way: one request at a time, every token through
+  every block, all logits. With the time that the floating-point operations and the bytes that cannot be avoided take at
+  the speed of a large matrix product and of a large copy on this machine.
+* ``solve``: one request, ``W (d, 3.5 d)``: MOSE's rotation in a rational Krylov space against the SVD of the dense
+  matrix, and what is lost in the objective; key-side MOSE; systems with kept factors against dense solves, as MEMIT,
+  EMMET and AlphaEdit were published; what is done once per layer; and writing the weight.
 * ``sequence``: solving and writing at the first edit of a sequence and at later ones, with memory of all past edits.
+* ``edits``: whole edits of the embedded model by MOSE and MEMIT, the first of a sequence and the last.
 
 Prints tables and writes all figures as JSON.
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -28,24 +31,30 @@ from lit_edit.datamodules import CounterFactDataModule
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_edit.api import load_editor
+from lit_edit.corpora import load_corpus
 from lit_edit.keys import MeanKey
 from lit_edit.krylov import Preserved, procrustes_near_identity
 from lit_edit.linalg import procrustes
-from lit_edit.loading import load_model
+from lit_edit.loading import EMBEDDED, load_model
 from lit_edit.prompts import sample_contexts
 from lit_edit.requests import EditRequest
-from lit_edit.solvers import MEMIT, MOSE, AlphaEdit, MOSEKey, Problem
+from lit_edit.session import EditSession
+from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem
+from lit_edit.solvers.kept import KeptGram, KeptProjection
 from lit_edit.taps import change_outputs
 from lit_edit.updates import ThinRotation
 from lit_edit.values import NormClamp, ValueOptimizer, ValueProblem
 from lit_edit.workspace import Workspace
 
 PUBLISHED_SAMPLE = 3  # requests that the published way is timed on; it takes them one at a time anyway
+COMPLETE_SAMPLE = 10  # requests that complete passes are timed on at most
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time of some work, after one call that does not count."""
-    work()
+    """Median wall time of some work, after one call that does not count; of a single call if repeats is 1."""
+    if repeats > 1:
+        work()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -58,6 +67,12 @@ def peak_flops(dtype: torch.dtype = torch.float32, size: int = 1536) -> float:
     """Floating-point operations per second of a large matrix product."""
     a = torch.randn(size, size, dtype=dtype)
     return 2 * size**3 / median_seconds(lambda: a @ a, 5)
+
+
+def peak_bytes(size: int = 64_000_000) -> float:
+    """Bytes per second that a large sum reads."""
+    a = torch.randn(size // 4)
+    return size / median_seconds(a.sum, 5)
 
 
 # Values
@@ -131,11 +146,18 @@ def needed_flops(space: Workspace, requests: list[EditRequest], layer: int) -> f
     return total
 
 
+def needed_bytes(space: Workspace, layer: int) -> float:
+    """Per step: the weights of the blocks from the edited one on and of the head, read forward and back."""
+    blocks = sum(p.numel() for part in list(space.architecture.layers)[layer:] for p in part.block.parameters())
+    head = space.model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+    return 2 * 4 * (blocks + head)
+
+
 def bench_values(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds per edit of the three ways, by model and batch size."""
     data = CounterFactDataModule(n_edits=max(args.batches))
     data.setup("fit")
-    speed = peak_flops()
+    speed, bandwidth = peak_flops(), peak_bytes()
     rows = []
     for name, (model, tokenizer, layer) in models(args.models).items():
         space = Workspace.of(model, tokenizer)
@@ -145,63 +167,117 @@ def bench_values(args: argparse.Namespace) -> list[dict[str, Any]]:
             requests = data.requests[:n]
             problems = [ValueProblem(i, (layer,)) for i in range(n)]
 
-            def run(complete: bool, requests=requests, problems=problems, values=values, space=space) -> None:
+            def run(complete: bool, n: int, requests=requests, problems=problems, values=values, space=space) -> None:
                 values.complete_passes = complete
-                values.optimise(space, requests, problems, MeanKey(), steps=args.steps)
+                values.optimise(space, requests[:n], problems[:n], MeanKey(), steps=args.steps)
 
-            few = requests[: min(n, PUBLISHED_SAMPLE)]
+            few, some = requests[: min(n, PUBLISHED_SAMPLE)], min(n, COMPLETE_SAMPLE)
+            repeats = 1 if n > COMPLETE_SAMPLE else args.repeats
             seconds = {
-                "package": median_seconds(lambda run=run: run(False), args.repeats) / n,
-                "complete passes": median_seconds(lambda run=run: run(True), args.repeats) / n,
+                "package": median_seconds(lambda run=run, n=n: run(False, n), repeats) / n,
+                "complete passes": median_seconds(lambda run=run, some=some: run(True, some), repeats) / some,
                 "published way": median_seconds(
                     lambda few=few, space=space, layer=layer, values=values: [
                         published(space, r, layer, values, args.steps) for r in few
                     ],
-                    args.repeats,
+                    repeats,
                 )
                 / len(few),
             }
-            least = needed_flops(space, requests, layer) * args.steps / n / speed
+            least = {
+                "arithmetic": needed_flops(space, requests, layer) * args.steps / n / speed,
+                "memory": needed_bytes(space, layer) * args.steps / n / bandwidth,
+            }
             rows.append(
-                {"model": name, "batch": n, "seconds_per_edit": seconds, "at_peak": least, "peak_gflops": speed / 1e9}
+                {
+                    "model": name,
+                    "batch": n,
+                    "seconds_per_edit": seconds,
+                    "at_peak": least,
+                    "peak_gflops": speed / 1e9,
+                    "peak_gbytes": bandwidth / 1e9,
+                }
             )
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
 # Solvers
 
 
+def orthogonal(n: int, generator: torch.Generator) -> Tensor:
+    """A dense orthogonal matrix, from a few reflections."""
+    q = torch.eye(n, dtype=torch.float64)
+    for _ in range(4):
+        v = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+        q -= (2 / v.square().sum()) * v @ (v.T @ q)
+    return q
+
+
+def preserved_knowledge(n: int, generator: torch.Generator) -> Preserved:
+    """Of condition number 1e6, by its eigenvectors."""
+    q = orthogonal(n, generator)
+    return Preserved(torch.logspace(-6, 0, n, dtype=torch.float64), q, q[:, :0])
+
+
+def once(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a single call, and its result."""
+    start = time.perf_counter()
+    found = work()
+    return time.perf_counter() - start, found
+
+
 def bench_solve(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """MOSE's rotation for one request at several widths: seconds, and what is lost against the dense SVD."""
+    """One request at several widths: seconds, and what is lost against the dense SVD."""
     rows = []
     for d in args.sizes:
-        g = torch.Generator().manual_seed(0)
-        q = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q
-        spectrum = torch.logspace(0, 6, d, dtype=torch.float64) / 1e6  # condition number 1e6
-        preserved = Preserved(spectrum, q, q[:, :0])
-        a = q @ (spectrum.sqrt()[:, None] * torch.randn(d, 1, generator=g, dtype=torch.float64))
+        g, p = torch.Generator().manual_seed(0), int(3.5 * d)
+        row: dict[str, Any] = {"d": d, "p": p}
+        preserved = preserved_knowledge(d, g)
+        a = preserved.vectors @ (preserved.values.sqrt()[:, None] * torch.randn(d, 1, generator=g, dtype=torch.float64))
         v = torch.randn(d, 1, generator=g, dtype=torch.float64)
         v = v / v.norm() * a.norm()
-        thin = median_seconds(lambda p=preserved, v=v, a=a: procrustes_near_identity(p, v, a), args.repeats)
         solution = procrustes_near_identity(preserved, v, a)
+        row["k"] = solution.basis.shape[1]
+        row["krylov"] = median_seconds(lambda p=preserved, v=v, a=a: procrustes_near_identity(p, v, a), args.repeats)
         matrix = preserved.dense() + v @ a.T
-        start = time.perf_counter()
-        dense = procrustes(matrix)
-        svd = time.perf_counter() - start
+        row["svd"], dense = once(lambda m=matrix: procrustes(m))
         best = float((dense * matrix).sum())
-        update = ThinRotation(solution.basis, solution.turn)
-        weight = torch.randn(d, int(3.5 * d), generator=g, dtype=torch.float32)
-        rows.append(
-            {
-                "d": d,
-                "k": solution.basis.shape[1],
-                "krylov": thin,
-                "svd": svd,
-                "objective_gap": (best - float(trace_of(solution, matrix))) / best,
-                "write": median_seconds(lambda u=update, w=weight: u.delta(w), args.repeats),
-            }
+        row["objective_gap"] = (best - float(trace_of(solution, matrix))) / best
+        row["eigenvectors"], _ = once(lambda m=matrix: torch.linalg.eigh(m + m.T))
+        update, weight = ThinRotation(solution.basis, solution.turn), torch.randn(d, p, generator=g)
+        row["write"] = median_seconds(lambda u=update, w=weight: u.apply_(w), args.repeats)
+        del preserved, matrix, dense, weight
+        row |= additive_solves(p, g, args.repeats)
+        wide = preserved_knowledge(p, g)
+        key, wanted = (torch.randn(p, 1, generator=g, dtype=torch.float64) for _ in range(2))
+        row["key_side"] = median_seconds(
+            lambda w=wide, k=key, t=wanted: procrustes_near_identity(w, t, k), args.repeats
         )
+        del wide
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     return rows
+
+
+def additive_solves(p: int, g: torch.Generator, repeats: int) -> dict[str, float]:
+    """Seconds of a system of size p: with kept factors, densely, and what keeping them costs once."""
+    q = orthogonal(p, g)
+    covariance = (q * torch.logspace(-4, 0, p, dtype=torch.float64)) @ q.T
+    key = torch.randn(p, 1, generator=g, dtype=torch.float64)
+    found: dict[str, float] = {}
+    found["factorise"], kept = once(lambda c=covariance: KeptGram.of(c, 1.0, key))
+    found["kept"] = median_seconds(lambda k=kept: k.solve(key), repeats)
+    found["dense"], _ = once(lambda c=covariance: torch.linalg.solve(c + key @ key.T, key))
+    del kept, covariance  # each takes gigabytes at a large model's size
+    projector = q[:, : p // 2] @ q[:, : p // 2].T
+    del q
+    projection = KeptProjection(key, 0, key[:, :0], key[:, :0], key[:, :0], key[:0, :0], projector, 10.0, projector)
+    found["alphaedit_kept"] = median_seconds(lambda: projection.solve(key), repeats)
+    system = projector @ (key @ key.T)
+    system.diagonal().add_(10.0)
+    found["alphaedit_dense"], _ = once(lambda: torch.linalg.solve(system, projector @ key))
+    return found
 
 
 def trace_of(solution: Any, matrix: Tensor) -> Tensor:
@@ -219,7 +295,14 @@ def bench_sequence(args: argparse.Namespace) -> list[dict[str, Any]]:
     g = torch.Generator().manual_seed(0)
     root = torch.randn(p, p, generator=g, dtype=torch.float64) * torch.logspace(0, -2, p).double()
     covariance = root @ root.T / p
-    for solver in (MOSE(0.1), MOSEKey(1.0), MEMIT(30.0, memory=True), AlphaEdit(threshold=None, energy=0.02)):
+    for solver in (
+        MOSE(0.1),
+        MOSEKey(1.0),
+        ROME(memory=True),
+        EMMET(memory=True),
+        MEMIT(30.0, memory=True),
+        AlphaEdit(threshold=None, energy=0.02),
+    ):
         weight = torch.randn(d, p, generator=g)
         memory = torch.zeros(p, args.edits, dtype=torch.float64)
         times = []
@@ -240,9 +323,40 @@ def bench_sequence(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "first": times[0],
                 "early": statistics.median(times[1 : 1 + window]),
                 "late": statistics.median(times[-window:]),
-                "mean": statistics.mean(times),
+                "early_mean": statistics.mean(times[1 : 1 + len(times) // 5]),  # with what is done now and then
+                "late_mean": statistics.mean(times[-len(times) // 5 :]),
             }
         )
+    return rows
+
+
+# Whole edits
+
+
+def bench_edits(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of whole edits of the embedded model, by MOSE and MEMIT, at both ends of a sequence."""
+    rows = []
+    for method in ("mose", "memit"):
+        data = CounterFactDataModule(n_edits=args.whole_edits, seed=0)
+        data.setup("fit")
+        model, tokenizer = load_model()
+        session = EditSession(model, tokenizer, load_editor(method), load_corpus(), EMBEDDED)
+        times = []
+        for request in data.requests:
+            start = time.perf_counter()
+            session.apply(session.plan([request]))
+            times.append(time.perf_counter() - start)
+        window = max(1, len(times) // 10)
+        rows.append(
+            {
+                "method": method,
+                "edits": len(times),
+                "early": statistics.median(times[1 : 1 + window]),
+                "late": statistics.median(times[-window:]),
+                "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -263,29 +377,61 @@ def show(found: dict[str, list[dict[str, Any]]], steps: int) -> None:
         print(f"Values, {steps} steps, seconds per edit\n")
         table = []
         for r in rows:
-            s = r["seconds_per_edit"]
+            t, least = r["seconds_per_edit"], max(r["at_peak"].values())
             table.append(
-                [r["model"], str(r["batch"]), f"{s['package']:.3f}", f"{s['complete passes'] / s['package']:.1f}",
-                 f"{s['published way'] / s['package']:.1f}", f"{s['package'] / r['at_peak']:.1f}"]
+                [r["model"], str(r["batch"]), f"{t['package']:.3f}", f"{t['complete passes'] / t['package']:.1f}",
+                 f"{t['published way'] / t['package']:.1f}", f"{least:.3f}", f"{t['package'] / least:.1f}"]
             )  # fmt: skip
-        print_table(["model", "batch", "package", "complete / package", "published / package", "package / peak"], table)
-    if rows := found.get("solve"):
-        print("MOSE's rotation, one request, seconds\n")
         print_table(
-            ["d", "k", "Krylov", "SVD", "SVD / Krylov", "objective gap", "write (p = 3.5 d)"],
+            [
+                "model",
+                "batch",
+                "package",
+                "complete / package",
+                "published / package",
+                "roofline",
+                "package / roofline",
+            ],
+            table,
+        )
+    if rows := found.get("solve"):
+        print("MOSE's rotation for one request, seconds\n")
+        print_table(
+            ["d", "k", "Krylov", "SVD", "SVD / Krylov", "objective gap", "key side", "write", "eigenvectors (once)"],
             [
                 [str(r["d"]), str(r["k"]), f"{r['krylov']:.4f}", f"{r['svd']:.2f}", f"{r['svd'] / r['krylov']:.0f}",
-                 f"{r['objective_gap']:.0e}", f"{r['write']:.3f}"]
+                 f"{r['objective_gap']:.0e}", f"{r['key_side']:.3f}", f"{r['write']:.3f}", f"{r['eigenvectors']:.1f}"]
+                for r in rows
+            ],
+        )  # fmt: skip
+        print("Systems of additive methods for one request, seconds\n")
+        print_table(
+            ["p", "kept factor", "dense", "dense / kept", "AlphaEdit kept", "dense", "ratio", "factorise (once)"],
+            [
+                [str(r["p"]), f"{r['kept']:.4f}", f"{r['dense']:.2f}", f"{r['dense'] / r['kept']:.0f}",
+                 f"{r['alphaedit_kept']:.4f}", f"{r['alphaedit_dense']:.2f}",
+                 f"{r['alphaedit_dense'] / r['alphaedit_kept']:.0f}", f"{r['factorise']:.1f}"]
                 for r in rows
             ],
         )  # fmt: skip
     if rows := found.get("sequence"):
         print(f"Solving and writing in a sequence of {rows[0]['edits']} edits with memory, milliseconds\n")
         print_table(
-            ["solver", "first", "early", "late", "late / early"],
+            ["solver", "first", "early", "late", "late / early", "early mean", "late mean", "late / early"],
             [
                 [r["solver"], *(f"{1e3 * r[k]:.1f}" for k in ("first", "early", "late")),
-                 f"{r['late'] / r['early']:.2f}"]
+                 f"{r['late'] / r['early']:.2f}", *(f"{1e3 * r[k]:.1f}" for k in ("early_mean", "late_mean")),
+                 f"{r['late_mean'] / r['early_mean']:.2f}"]
+                for r in rows
+            ],
+        )  # fmt: skip
+    if rows := found.get("edits"):
+        print("Whole edits of the embedded model, seconds\n")
+        print_table(
+            ["method", "edits", "early", "late", "late / early", "peak memory, MB"],
+            [
+                [r["method"], str(r["edits"]), f"{r['early']:.3f}", f"{r['late']:.3f}", f"{r['late'] / r['early']:.2f}",
+                 f"{r['peak_memory_mb']:.0f}"]
                 for r in rows
             ],
         )  # fmt: skip
@@ -293,18 +439,19 @@ def show(found: dict[str, list[dict[str, Any]]], steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["values", "solve", "sequence"])
+    parser.add_argument("--only", nargs="+", default=["values", "solve", "sequence", "edits"])
     parser.add_argument(
         "--models", nargs="+", default=["embedded", "llama-24x512"], help="llama-<layers>x<width>: random"
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--whole_edits", type=int, default=200)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     args = parser.parse_args()
-    sections = {"values": bench_values, "solve": bench_solve, "sequence": bench_sequence}
+    sections = {"values": bench_values, "solve": bench_solve, "sequence": bench_sequence, "edits": bench_edits}
     unknown = sorted(set(args.only) - set(sections))
     if unknown:
         raise SystemExit(f"There is no section {unknown[0]!r}; there are {', '.join(sections)}.")

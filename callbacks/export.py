@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lit_edit.journal import Journal
+from lit_edit.results import ResultsLogger
 
 
 class Exporting(Protocol):
@@ -63,4 +64,6 @@ class ExportModel(Callback):
             module.export_delta(root / "delta.safetensors")
         module.journal.write(root / "edits.jsonl")
         where = f"Edited model: {folder}   " if self.model else ""
-        rank_zero_info(f"{where}edits: {root / 'edits.jsonl'}   results: {root / 'results.json'}")
+        results = next((logger.path for logger in trainer.loggers if isinstance(logger, ResultsLogger)), None)
+        measured = f"   results: {results}" if results is not None else ""
+        rank_zero_info(f"{where}edits: {root / 'edits.jsonl'}{measured}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,7 +17,7 @@ from lit_edit.datamodules.files import Located, Record, read_records
 from lit_edit.datamodules.loader import EditBatch, EditLoader
 from lit_edit.datamodules.records import ALL_FORMS, LIST_FIELDS, Form, read_request
 
-from lit_edit.requests import EditRequest, RequestError
+from lit_edit.requests import EditRequest, RequestError, refusal
 
 OnBadRecord = Literal["raise", "skip"]
 
@@ -34,12 +35,14 @@ class EditDataModule(LightningDataModule):
         batch_size: how many requests are edited at once; the last batch may be smaller.
         seed: shuffles the records of the file, before ``offset`` counts; ``None`` keeps the order of the file.
         offset: how many requests to leave out at the beginning.
-        on_bad_record: what to do with a record that cannot be edited: ``raise`` stops at the first one; ``skip`` leaves
-            them out, lists them in `refused` and warns. A file that cannot be read as such is always an error.
+        on_bad_record: what to do with records that cannot be edited: ``raise`` ends in an error that names them;
+            ``skip`` leaves them out, lists them in `refused` and warns. A file that cannot be read as such is always an
+            error.
 
     Attributes:
         requests: the requests of this run, in the order of editing; filled by `setup`.
         refused: for each record left out, why, with file, record and field; filled by `setup`.
+        unused: the fields of the file that mean nothing here, where the data set's own are known; filled by `setup`.
 
     Raises:
         ValueError: if an argument is out of range, or no path is given and there is no embedded file.
@@ -47,6 +50,8 @@ class EditDataModule(LightningDataModule):
 
     forms: ClassVar[Sequence[Form]] = ALL_FORMS
     embedded: ClassVar[str | None] = None
+    fields: ClassVar[Collection[str]] = ()
+    """All fields that are read, for data whose other fields deserve a warning; empty where they are no mistake."""
 
     def __init__(
         self,
@@ -76,6 +81,7 @@ class EditDataModule(LightningDataModule):
         self.on_bad_record = on_bad_record
         self.requests: list[EditRequest] = []
         self.refused: list[str] = []
+        self.unused: list[str] = []
         self._is_set_up = False
 
     def embedded_file(self) -> str | None:
@@ -102,12 +108,16 @@ class EditDataModule(LightningDataModule):
             stage: Lightning's name for what is about to run; the requests are the same for all.
 
         Raises:
-            RequestError: if the file cannot be read, or (with ``on_bad_record="raise"``) a record cannot be edited.
+            RequestError: if the file cannot be read, or (with ``on_bad_record="raise"``) records cannot be edited.
             ValueError: if there are fewer usable records than asked for.
+
+        Warns:
+            UserWarning: naming fields that are not used, with the one that may be meant; counting records left out.
         """
         if self._is_set_up:
             return
         records = self._read_file()
+        self.unused = self._unused(records)
         requests, self.refused = self._read_all(records)
         self.requests = self._select(requests)
         self._is_set_up = True
@@ -125,6 +135,21 @@ class EditDataModule(LightningDataModule):
         """The file that a path means."""
         return path
 
+    def _unused(self, records: Sequence[Located]) -> list[str]:
+        """The fields of the file that nothing reads, said in a warning."""
+        if not self.fields:
+            return []
+        found = dict.fromkeys(str(field) for _, record in records for field in record)
+        unused = [field for field in found if field not in self.fields]
+        meant = [field for field in self.fields if field not in found]
+        named = []
+        for field in unused:
+            close = difflib.get_close_matches(field.casefold(), meant, 1, cutoff=0.7)
+            named.append(f"{field} (did you mean {close[0]}?)" if close else field)
+        if named:
+            rank_zero_warn(f"{self.path or self.embedded_file()}: columns not used: {', '.join(named)}.")
+        return unused
+
     def _read_all(self, records: Sequence[Located]) -> tuple[list[EditRequest], list[str]]:
         """All records as requests, with identifiers that differ, and the reasons for those left out."""
         requests: list[EditRequest] = []
@@ -133,13 +158,10 @@ class EditDataModule(LightningDataModule):
             try:
                 requests.append(self.read_record(record, source, str(number)))
             except RequestError as error:
-                if self.on_bad_record == "raise":
-                    # The reason in full, with what can be done about it, is one line; the bare reason before it would
-                    # only repeat it.
-                    raise RequestError(
-                        f"{error} (on_bad_record='skip' leaves such records out and lists them.)"
-                    ) from None
                 refused.append(str(error))
+        if refused and self.on_bad_record == "raise":
+            error = refusal(refused, len(records))
+            raise RequestError(f"{error} (--data.on_bad_record=skip leaves such records out and lists them.)")
         if refused:
             more = f"; {len(refused) - 3} more are in `refused`" if len(refused) > 3 else ""
             rank_zero_warn(

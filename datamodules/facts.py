@@ -1,7 +1,7 @@
 """Anybody's own facts: a JSON, JSON Lines or CSV file, or a Hugging Face data set."""
 
 from lit_edit.datamodules.base import EditDataModule, OnBadRecord
-from lit_edit.datamodules.records import FLAT
+from lit_edit.datamodules.records import FLAT, FLAT_FIELDS
 
 
 class FactsDataModule(EditDataModule):
@@ -9,7 +9,9 @@ class FactsDataModule(EditDataModule):
 
     Each record needs ``prompt`` (with ``{}`` or containing the subject), ``subject`` and ``target_new``. It may have
     ``target_true`` (or ``ground_truth``), ``rephrase_prompt`` (or ``rephrases``) and ``locality_prompt`` with
-    ``locality_ground_truth``, each one text or a list (in CSV: separated by ``" | "``); other columns are ignored.
+    ``locality_ground_truth``, each one text or a list (in CSV: separated by ``" | "``), a ``case_id`` to be known by,
+    and a ``relation`` (or ``relation_id``): two facts about one subject in one relation are then known to contradict
+    each other, in whatever words. Other columns are left unused, which a warning says.
 
     Args:
         path: the file, as for `EditDataModule`; it must be given.
@@ -24,6 +26,7 @@ class FactsDataModule(EditDataModule):
     """
 
     forms = (FLAT,)
+    fields = FLAT_FIELDS
 
     def __init__(
         self,

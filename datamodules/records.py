@@ -42,6 +42,14 @@ LIST_FIELDS = frozenset(
 """The fields that may hold one text or several; in a CSV cell several are separated by ``" | "``."""
 
 
+FLAT_FIELDS = (
+    *("case_id", "prompt", "subject", "target_new", "target_true", "ground_truth", "relation_id", "relation"),
+    *("rephrase_prompt", "rephrases", "rephrase", "locality_prompt", "locality_ground_truth"),
+    *("locality", "portability"),
+)
+"""All fields that `flat_request` reads."""
+
+
 @dataclass(frozen=True)
 class Form:
     """A published form of a record.
@@ -105,16 +113,16 @@ def _text(record: Record, field: str, source: str, within: str = "") -> str:
     return _checked(value, source, within + field)
 
 
-def _texts(record: Record, field: str, source: str) -> list[str]:
-    """The texts of an optional field that holds one or several."""
+def _texts(record: Record, field: str, source: str) -> list[tuple[str, str]]:
+    """The texts of an optional field that holds one or several, each after the path it stands at."""
     value = record.get(field)
     if _absent(value):
         return []
     if isinstance(value, str):
-        return [_checked(value, source, field)]
+        return [(field, _checked(value, source, field))]
     if not isinstance(value, Sequence):
         raise refuse(source, field, f"must be text or a list of texts, but is {value!r}.")
-    return [_checked(item, source, f"{field}[{place}]") for place, item in enumerate(value)]
+    return [(path := f"{field}[{place}]", _checked(item, source, path)) for place, item in enumerate(value)]
 
 
 def _answer(value: Any, source: str, field: str) -> str | None:
@@ -146,9 +154,9 @@ def _filled(prompt: str, subject: str) -> str:
 
 
 def _probes(
-    kind: ProbeKind, prompts: Iterable[str], subject: str, target: str | None = None, name: str = ""
+    kind: ProbeKind, prompts: Iterable[tuple[str, str]], subject: str, target: str | None = None, name: str = ""
 ) -> list[Probe]:
-    return [Probe(kind, _filled(prompt, subject), target, name) for prompt in prompts]
+    return [Probe(kind, _filled(prompt, subject), target, name, path) for path, prompt in prompts]
 
 
 def _paired_locality(
@@ -156,14 +164,14 @@ def _paired_locality(
 ) -> list[Probe]:
     """Locality probes from a field of prompts and a field of as many answers, which may be absent."""
     prompts = _texts(record, prompt_field, source)
-    answers: list[str | None] = [text.strip() for text in _texts(record, answer_field, source)]
+    answers: list[str | None] = [text.strip() for _, text in _texts(record, answer_field, source)]
     if not answers:
         answers = [None] * len(prompts)
     if len(answers) != len(prompts):
         raise refuse(source, answer_field, f"has {len(answers)} texts for the {len(prompts)} of '{prompt_field}'.")
     return [
-        Probe("locality", _filled(prompt, subject), answer, name)
-        for prompt, answer in zip(prompts, answers, strict=True)
+        Probe("locality", _filled(prompt, subject), answer, name, path)
+        for (path, prompt), answer in zip(prompts, answers, strict=True)
     ]
 
 
@@ -174,7 +182,7 @@ def _one_hop(record: Record, subject: str, source: str) -> list[Probe]:
         return []
     question = _text(value, "New Question", source, "portability.")
     answer = _text(value, "New Answer", source, "portability.")
-    return [Probe("portability", _filled(question, subject), answer.strip(), "one_hop")]
+    return [Probe("portability", _filled(question, subject), answer.strip(), "one_hop", "portability.New Question")]
 
 
 def _named_probes(record: Record, kind: ProbeKind, subject: str, source: str) -> list[Probe]:
@@ -195,7 +203,7 @@ def _named_probes(record: Record, kind: ProbeKind, subject: str, source: str) ->
             if answer is None and kind == "portability":
                 # Out-of-scope prompts are judged by the unedited model; a consequence of the edit only by its answer.
                 raise refuse(source, f"{path}.ground_truth", "is missing or empty.")
-            probes.append(Probe(kind, _filled(prompt, subject), answer, name))
+            probes.append(Probe(kind, _filled(prompt, subject), answer, name, f"{path}.prompt"))
     return probes
 
 
@@ -277,9 +285,13 @@ def counterfact_request(record: Record, source: str, default_id: str) -> EditReq
     if unrelated := _object(record, "unrelated_relation", source):
         question = _text(unrelated, "question", source, "unrelated_relation.")
         answer = _text(unrelated, "object", source, "unrelated_relation.").strip()
-        probes.append(Probe("locality", _filled(question, subject), answer, "unrelated_relation"))
+        field = "unrelated_relation.question"
+        probes.append(Probe("locality", _filled(question, subject), answer, "unrelated_relation", field))
     probes += _one_hop(record, subject, source)
-    probes += _probes("generation", dict.fromkeys(_texts(record, "generation_prompts", source)), subject)
+    generation: dict[str, str] = {}
+    for path, text in _texts(record, "generation_prompts", source):
+        generation.setdefault(text, path)
+    probes += _probes("generation", [(path, text) for text, path in generation.items()], subject)
     return _request(
         record,
         source,
@@ -373,10 +385,10 @@ def flat_request(record: Record, source: str, default_id: str) -> EditRequest:
     """Read a record with its fields side by side: a user's own fact, a toolkit's flat file, or KnowEdit.
 
     Required are ``prompt`` (with ``{}`` or containing the subject), ``subject`` and ``target_new``. Optional are
-    ``target_true`` or ``ground_truth``; rephrasings in ``rephrase_prompt``, ``rephrases`` or ``rephrase``;
-    ``locality_prompt`` with ``locality_ground_truth``; and KnowEdit's ``locality`` and ``portability``, in which groups
-    of ``{prompt, ground_truth}`` stand under their names. An answer is a text, a list of texts, or a list of lists
-    of aliases. Without an answer a locality prompt is judged by the unedited model alone.
+    ``target_true`` or ``ground_truth``; ``relation_id`` or ``relation``; rephrasings in ``rephrase_prompt``,
+    ``rephrases`` or ``rephrase``; ``locality_prompt`` with ``locality_ground_truth``; and KnowEdit's ``locality`` and
+    ``portability``, in which groups of ``{prompt, ground_truth}`` stand under their names. An answer is a text, a list
+    of texts, or a list of lists of aliases. Without an answer a locality prompt is judged by the unedited model alone.
 
     Args:
         record: the fields of the record.
@@ -390,7 +402,8 @@ def flat_request(record: Record, source: str, default_id: str) -> EditRequest:
     prompt = _filled(_text(record, "prompt", source), subject)
     target_new = _text(record, "target_new", source).strip()
     answers = (_answer(record.get(field), source, field) for field in ("target_true", "ground_truth"))
-    relation = record.get("relation_id")
+    relations = (record.get(field) for field in ("relation_id", "relation"))
+    relation = next((given for given in relations if not _absent(given)), None)
     probes = []
     for field in ("rephrase_prompt", "rephrases", "rephrase"):
         probes += _probes("generalization", _texts(record, field, source), subject, target_new)
@@ -405,7 +418,7 @@ def flat_request(record: Record, source: str, default_id: str) -> EditRequest:
         subject=("subject", subject),
         target_new=target_new,
         target_true=next((answer for answer in answers if answer is not None), None),
-        relation=None if relation is None else str(relation),
+        relation=None if relation is None else str(relation).strip(),
         probes=probes,
     )
 

@@ -2,12 +2,14 @@
 
 A family is described once, keyed by ``config.model_type``, in data. Orientation is declared, never guessed: GPT-2's
 ``Conv1D`` stores (in, out), and a square weight would make a guess silently wrong. For a family that is not described,
-`find_family` runs the model once and says what it found; it is used only after the user has confirmed it.
+`find_family` runs the model once and says what it found; it is used only after the user has confirmed it, and what a
+user says is checked by what the model computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,12 @@ class Family:
     down_projection: str
     transposed: bool = False
 
+    @property
+    def option(self) -> str:
+        """The option of the command line that names it."""
+        parts = f"blocks: {self.blocks}, down_projection: {self.down_projection}"
+        return f"--model.family='{{{parts}, transposed: {str(self.transposed).lower()}}}'"
+
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("transformer.h", "mlp.c_proj", transposed=True),
@@ -35,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("model.layers", "mlp.down_proj"),
     "gemma2": Family("model.layers", "mlp.down_proj"),
     "gemma3_text": Family("model.layers", "mlp.down_proj"),
+    "gemma3": Family("model.language_model.layers", "mlp.down_proj"),
     "olmo2": Family("model.layers", "mlp.down_proj"),
     "phi3": Family("model.layers", "mlp.down_proj"),
     "phi": Family("model.layers", "mlp.fc2"),
@@ -75,15 +84,17 @@ class Architecture:
 
     Args:
         model: a causal language model of `transformers`.
-        family: where its parts are; None looks it up by ``config.model_type``.
+        family: where its parts are, checked by running the model once on three tokens; None looks it up by
+            ``config.model_type``.
 
     Raises:
-        UnsupportedModelError: if the family is unknown, the model lacks the parts its family should have, or a weight
-            is stored in a form that cannot be edited.
+        UnsupportedModelError: if the family is unknown, the model lacks the parts its family should have, a weight is
+            stored in a form that cannot be edited, or the family given is not the model's.
     """
 
     def __init__(self, model: nn.Module, family: Family | None = None) -> None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
+        given = family is not None
         if family is None:
             if kind not in FAMILIES:
                 raise UnsupportedModelError(_unknown(model, kind))
@@ -93,7 +104,7 @@ class Architecture:
         try:
             blocks = list(model.get_submodule(family.blocks))  # type: ignore[call-overload]
             projections = [block.get_submodule(family.down_projection) for block in blocks]
-        except AttributeError as error:
+        except (AttributeError, TypeError) as error:
             raise UnsupportedModelError(
                 f"A {type(model).__name__} of type {kind!r} lacks {family.blocks}.*.{family.down_projection}: {error}. "
                 "Load it as a causal language model (AutoModelForCausalLM)."
@@ -107,6 +118,9 @@ class Architecture:
                     "be edited: load the model in float32, bfloat16 or float16."
                 )
             self.layers.append(Layer(index, names[id(weight)], block, projection, family.transposed))
+        if given:
+            with _evaluating(model):
+                _check_family(model, family, self.layers)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -157,68 +171,304 @@ def _why_not_editable(projection: nn.Module, weight: Any) -> str:
     return ""
 
 
+# Of what a module gives, so many features are computed again: all of them would take gigabytes in a large model.
+_FEATURES = 64
+_TOKENS = ((1, 2, 3),)
+
+
+def _check_family(model: nn.Module, family: Family, layers: Sequence[Layer]) -> None:
+    """Makes sure that a description is right, by running the model once on three tokens.
+
+    Required of the projection of every block: it runs once, its output is as wide as the block's, and it is
+    ``x Wᵀ + b`` with the weight as it is said to be stored. Required in the first block, found by changing what the
+    projection gives and what the block is given: the block's output depends on it; no other matrix of the block reads
+    it, as one does what an up-projection, a gate, or an attention before an MLP gives; and, in a block that computes
+    attention and MLP side by side, it is not the attention's output, whose input at a token depends on other tokens.
+    A norm between the projection and the block's output is allowed.
+
+    Nothing is checked of weights that take no memory, as in a rehearsal: they compute nothing.
+
+    Raises:
+        UnsupportedModelError: saying what was found instead.
+    """
+    if any(_hollow(layer.projection.weight) for layer in layers):  # type: ignore[arg-type]
+        return
+    wrong = f"{family.blocks}.*.{family.down_projection} is not the MLP's down-projection"
+    advice = "Name the weight whose output the block adds to its hidden states, see CONTRIBUTING.md."
+    projections = {str(layer.index): layer.projection for layer in layers}
+    calls: dict[str, list[_Call]] = {}
+    seen = _watched(projections, lambda: calls.update(_calls(model, {str(p.index): p.block for p in layers})))
+    for layer in layers:
+        runs, entered = seen[str(layer.index)], calls[str(layer.index)]
+        if len(runs) != 1 or len(entered) != 1:
+            raise UnsupportedModelError(
+                f"{wrong}: in block {layer.index} it ran {len(runs)} times in one pass, the block {len(entered)} times."
+            )
+        x, y = runs[0]
+        width = entered[0].width
+        if y is None or y.shape[-1] != width:
+            found = "no tensor" if y is None else f"{y.shape[-1]} features"
+            raise UnsupportedModelError(f"{wrong}: it gives {found}, the block's hidden states have {width}. {advice}")
+        if not _multiplies(layer.projection, x, y, family.transposed):
+            turned = _multiplies(layer.projection, x, y, not family.transposed)
+            raise UnsupportedModelError(
+                f"{family.blocks}.*.{family.down_projection} does not multiply its input ({x.shape[-1]} features) by "
+                f"its weight as it would be stored with transposed: {str(family.transposed).lower()}, in block "
+                f"{layer.index}. "
+                + (f"It does with transposed: {str(not family.transposed).lower()}." if turned else advice)
+            )
+    why = _misplaced(calls["0"][0], family.down_projection)
+    if why:
+        raise UnsupportedModelError(f"{wrong}: {why}. {advice}")
+
+
 def find_family(model: nn.Module) -> Family:
     """Finds blocks and down-projections of a model that is not described, by running it once.
 
     The blocks are the longest list of modules of one class that all run. In a block the down-projection is the one
-    module that maps a wider, or narrower, vector to the block's width; how its weight is stored is read off from what
-    it computes.
+    module of which all holds that is required of a family that is given (see `_check_family`); how its weight is
+    stored is read off from what it computes.
 
     Raises:
         UnsupportedModelError: if that leaves none or several; the message names them.
     """
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    lists = [(name, m) for name, m in lists if len({type(block) for block in m}) == 1]
-    if not lists or width is None:
-        raise UnsupportedModelError(f"A {type(model).__name__} has no list of equal blocks to look for an MLP in.")
-    blocks, found = max(lists, key=lambda item: len(item[1]))
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    with _evaluating(model):
+        return _find_family(model)
 
-    def reader(name: str) -> Callable[..., None]:
-        def read(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                seen[name] = args[0].detach().clone(), output.detach().clone()  # some blocks add to it in place
+
+def _find_family(model: nn.Module) -> Family:
+    lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    lists = {name: blocks for name, blocks in lists.items() if len({type(block) for block in blocks}) == 1}
+    parts = {f"{name}.{i}": block for name, blocks in lists.items() for i, block in enumerate(blocks)}
+    calls = _calls(model, parts) if parts else {}
+    running = [n for n, blocks in lists.items() if all(len(calls[f"{n}.{i}"]) == 1 for i in range(len(blocks)))]
+    if not running:
+        raise UnsupportedModelError(f"A {type(model).__name__} has no list of equal blocks to look for an MLP in.")
+    blocks = max(running, key=lambda name: len(lists[name]))
+    call = calls[f"{blocks}.0"][0]
+    seen = {name: runs[0] for name, runs in call.again()[1].items() if len(runs) == 1}
+    fitting = []
+    for name, (x, y) in seen.items():
+        module = call.block.get_submodule(name)
+        if y is None or y.shape[-1] != call.width or not isinstance(getattr(module, "weight", None), Tensor):
+            continue
+        ways = [transposed for transposed in (False, True) if _multiplies(module, x, y, transposed)]
+        if len(ways) == 1 and not _misplaced(call, name):
+            fitting.append(Family(blocks, name, ways[0]))
+    if len(fitting) == 1:
+        return fitting[0]
+    cannot = f"Which module of {blocks}.* is the MLP's down-projection cannot be told"
+    if fitting:
+        raise _Ambiguous(
+            f"{cannot}: {len(fitting)} would do. If one takes all of the MLP's output, confirm it: "
+            f"{' or '.join(family.option for family in fitting)}."
+        )
+    mapped = ", ".join(f"{n} ({x.shape[-1]} to {y.shape[-1]})" for n, (x, y) in sorted(seen.items()) if y is not None)
+    raise UnsupportedModelError(f"{cannot}: 0 candidates among {mapped or 'none'}.")
+
+
+class _Ambiguous(UnsupportedModelError):
+    """Several modules would do; the message has what to say to take one."""
+
+
+_Seen = dict[str, list[tuple[Tensor, Tensor | None]]]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A block, and what it was called with when the model ran."""
+
+    block: nn.Module
+    hidden: Tensor  # (B, L, d)
+    args: tuple[Any, ...]  # after it
+    kwargs: dict[str, Any]
+    width: int  # of its output
+
+    @torch.no_grad()
+    def again(self, changed: str = "", by: Tensor | None = None, first: Tensor | None = None) -> tuple[Tensor, _Seen]:
+        """The block's output (B, L, d), and what went through the modules in it that have matrices.
+
+        Args:
+            changed: a module to whose output ``by`` is added.
+            by: of the shape of that output.
+            first: added to the first token that the block is given, (d,).
+        """
+        hidden = self.hidden.clone()
+        if first is not None:
+            hidden[:, 0] += first
+        modules = {
+            name: module
+            for name, module in self.block.named_modules()
+            if name and any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+        }
+        handles = []
+        if by is not None:
+            module = self.block.get_submodule(changed)
+            handles.append(module.register_forward_hook(lambda _, __, output: output + by))
+        outputs: list[Tensor] = []
+        try:
+            seen = _watched(modules, lambda: outputs.append(_tensor(self.block(hidden, *self.args, **self.kwargs))))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs[0], {name: runs for name, runs in seen.items() if runs}
+
+    def like(self, output: Tensor) -> Tensor:
+        """A change of a module's output that the block, whose hidden states may be larger, cannot fail to notice."""
+        return self._noise(output.shape, output)
+
+    def token(self) -> Tensor:
+        """A change of one token's hidden state."""
+        return self._noise(self.hidden.shape[-1:], self.hidden)
+
+    def _noise(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        size = max(float(like.float().std()), float(self.hidden.float().std())) or 1.0
+        noise = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        return (size * noise).to(like.device, like.dtype)
+
+
+def _calls(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, list[_Call]]:
+    """What each of the blocks is called with when the model reads three tokens."""
+    found: dict[str, list[_Call]] = {name: [] for name in blocks}
+    entered: dict[str, tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def enter(name: str) -> Callable[..., None]:
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, others = (args[0] if args else kwargs.get("hidden_states")), dict(kwargs)
+            if not args:
+                others.pop("hidden_states", None)
+            if isinstance(hidden, Tensor) and hidden.ndim == 3:
+                entered[name] = hidden.detach().clone(), args[1:], others  # some blocks add to it in place
 
         return read
 
-    handles = [
-        module.register_forward_hook(reader(name))
-        for name, module in found[0].named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2
-    ]
+    def leave(name: str) -> Callable[..., None]:
+        def read(block: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+            given = _tensor(output)
+            if name in entered and isinstance(given, Tensor):
+                found[name].append(_Call(block, *entered.pop(name), given.shape[-1]))
+
+        return read
+
+    handles = [block.register_forward_pre_hook(enter(name), with_kwargs=True) for name, block in blocks.items()]
+    handles += [block.register_forward_hook(leave(name)) for name, block in blocks.items()]
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            model(input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False)
+            model(input_ids=torch.tensor(_TOKENS, device=device), use_cache=False)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        first = " ".join(str(error).split()) or type(error).__name__
+        raise UnsupportedModelError(
+            f"A {type(model).__name__} cannot be run on three tokens to see what its parts do: {first}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    wide = [n for n, (x, y) in seen.items() if y.shape[-1] == width and x.shape[-1] != width]
-    if len(wide) != 1:
-        mapped = ", ".join(f"{n} ({x.shape[-1]} to {y.shape[-1]})" for n, (x, y) in sorted(seen.items())) or "none"
-        raise UnsupportedModelError(
-            f"Which module of {blocks}.* is the MLP's down-projection cannot be told: {len(wide)} candidates among "
-            f"{mapped}."
-        )
-    module = found[0].get_submodule(wide[0])
-    x, y = (t.double() for t in seen[wide[0]])
-    stored: Any = module.weight
-    weight = stored.detach().double()
-    bias = getattr(module, "bias", None)
-    y = y if bias is None else y - bias.detach().double()
-    fits = [
-        transposed
-        for transposed in (False, True)
-        if weight.shape[0 if transposed else 1] == x.shape[-1]
-        and torch.allclose(x @ (weight if transposed else weight.T), y, rtol=1e-2, atol=1e-2 * float(y.abs().max()))
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _watched(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> _Seen:
+    """What goes into modules, and what comes out, of those that run: (input, output or None if it is no tensor)."""
+    seen: _Seen = {name: [] for name in modules}
+
+    def reader(name: str) -> Callable[..., None]:
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if given:  # copies, for some blocks add to it in place
+                out = output.detach().clone() if isinstance(output, Tensor) else None
+                seen[name].append((given[0].detach().clone(), out))
+
+        return read
+
+    handles = [module.register_forward_hook(reader(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _tensor(output: Any) -> Any:
+    """What a block gives, which is a tuple in some models."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _multiplies(module: nn.Module, x: Tensor, y: Tensor, transposed: bool) -> bool:
+    """Whether a module computes ``x Wᵀ + b``, its weight stored (in, out) if transposed, else (out, in)."""
+    weight: Any = module.weight
+    if weight.ndim != 2:
+        return False
+    weight = weight.detach().T if transposed else weight.detach()
+    if tuple(weight.shape) != (y.shape[-1], x.shape[-1]):
+        return False
+    product = x.float() @ weight[:_FEATURES].float().T
+    y = y[..., :_FEATURES].float()
+    bias: Any = getattr(module, "bias", None)
+    without = y if bias is None else y - bias.detach()[:_FEATURES].float()
+    rounding = 4 * torch.finfo(weight.dtype).eps * float(y.norm())
+    return float((product - without).norm()) <= 0.02 * float(product.norm()) + rounding
+
+
+def _misplaced(call: _Call, name: str) -> str:
+    """Why a module of a block cannot be what the MLP adds to the hidden states; empty if it can."""
+    out, seen = call.again()
+    reading, used = _effects(call, name, out, seen)
+    if reading:
+        return f"{reading[0]} reads what it gives"
+    if not used:
+        return "the block's output does not depend on it"
+    _, turned = call.again(first=call.token())
+
+    def mixes(one: str) -> bool:
+        """Whether what enters a module at the last token depends on the first."""
+        before, after = ([x.reshape(-1, x.shape[-1])[-1] for x, _ in runs[one]] for runs in (seen, turned))
+        return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    if mixes(name):
+        for other, runs in seen.items():
+            output = runs[0][1]
+            beside = other != name and len(runs) == 1 and output is not None and output.shape[-1] == call.width
+            if beside and not mixes(other) and _effects(call, other, out, seen) == ([], True):
+                return f"it is computed beside {other}, from several tokens as an attention's output is"
+    return ""
+
+
+def _effects(call: _Call, name: str, out: Tensor, seen: _Seen) -> tuple[list[str], bool]:
+    """Which modules of a block get another input when one gives another output, and whether the block's changes."""
+    given = seen[name][0][1] if name in seen else None
+    if given is None:
+        return [], False
+    changed, after = call.again(name, call.like(given))
+    reading = [
+        other
+        for other, runs in seen.items()
+        if other != name and any(_differ(a, b) for (a, _), (b, _) in zip(runs, after[other], strict=False))
     ]
-    if len(fits) != 1:
-        raise UnsupportedModelError(
-            f"{blocks}.*.{wide[0]}, a {type(module).__name__}, does not multiply its input by its weight: it cannot be "
-            "edited."
-        )
-    return Family(blocks, wide[0], fits[0])
+    return reading, _differ(out, changed)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return True
+    return float((one.float() - other.float()).norm()) > 1e-3 * float(one.float().norm())
+
+
+def _hollow(weight: Tensor) -> bool:
+    """Whether a weight takes no memory, so that it holds nothing."""
+    return weight.device.type == "meta" or weight.untyped_storage().nbytes() < weight.numel() * weight.element_size()
 
 
 def _unknown(model: nn.Module, kind: Any) -> str:
@@ -228,14 +478,12 @@ def _unknown(model: nn.Module, kind: Any) -> str:
         return said + "Describe the family in lit_edit/architectures.py (see CONTRIBUTING.md)."
     try:
         family = find_family(model)
+    except _Ambiguous as error:
+        return f"{said}{error}"
     except UnsupportedModelError as error:
         return f"{said}{error} Describe the family in lit_edit/architectures.py (see CONTRIBUTING.md)."
-    settings = (
-        f"blocks: {family.blocks}, down_projection: {family.down_projection}, "
-        f"transposed: {str(family.transposed).lower()}"
-    )
     return (
         f"{said}This one seems to have its blocks at {family.blocks}.* and their down-projections at "
         f"{family.down_projection}, stored {'(in, out)' if family.transposed else '(out, in)'}. If that is right, "
-        f"confirm it: --model.family='{{{settings}}}'."
+        f"confirm it: {family.option}."
     )

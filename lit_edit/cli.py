@@ -42,6 +42,7 @@ from lit_edit.editors import Editor, LocateThenEdit
 from lit_edit.layers import FixedLayers
 from lit_edit.messages import one_line, readable
 from lit_edit.module import LitEdit
+from lit_edit.prompts import check_requests
 from lit_edit.results import ResultsLogger
 from lit_edit.review import review, review_line
 from lit_edit.values import Plain
@@ -69,8 +70,14 @@ _COMMANDS = {
 
 
 def _resolve(args: Sequence[str]) -> tuple[list[str], str | None]:
-    """The arguments with every ``--config`` resolved, and the first one's name without its ending."""
+    """The arguments with every ``--config`` resolved, and the first one's name without its ending.
+
+    Within a command configurations come first, in their order: an option before one would lose to it otherwise, and
+    where it chose a class its settings would go to the configuration's.
+    """
     out: list[str] = []
+    first: list[str] = []  # the configurations of the command
+    command: int | None = None  # where it ends
     stem: str | None = None
 
     def resolve(name: str) -> str:
@@ -79,6 +86,7 @@ def _resolve(args: Sequence[str]) -> tuple[list[str], str | None]:
 
     takes_value = False
     for arg in args:
+        is_config = takes_value or arg.startswith(("--config=", "-c=")) or arg in ("--config", "-c")
         if takes_value:
             arg = resolve(arg)
             stem = stem or Path(arg).stem
@@ -87,9 +95,14 @@ def _resolve(args: Sequence[str]) -> tuple[list[str], str | None]:
             value = resolve(value)
             stem = stem or Path(value).stem
             arg = f"{option}={value}"
-        takes_value = arg in ("--config", "-c")
+        takes_value = not takes_value and arg in ("--config", "-c")
+        if is_config and command is not None:
+            first.append(arg)
+            continue
         out.append(arg)
-    return out, stem
+        if command is None and not is_config and not arg.startswith("-"):
+            command = len(out)
+    return [*out[:command], *first, *out[command or len(out) :]], stem
 
 
 class EditCLI(LightningCLI):
@@ -181,7 +194,12 @@ class EditCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         Architecture(self.model.model, self.model.family)  # a model of an unknown kind is refused before it is asked
         if not self.dry:
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except BaseException:
+                if self.trainer.is_global_zero and not self.model.edits_applied:
+                    _take_back(self._made)
+                raise
             return
         retention = next((c for c in self.trainer.callbacks if isinstance(c, Retention)), None)  # type: ignore[attr-defined]
         device = self.trainer.strategy.root_device
@@ -205,9 +223,13 @@ class EditCLI(LightningCLI):
             raise ValueError(f"trainer: {one_line(str(error))}") from error
         if _wants_bar(trainer):
             trainer.callbacks.insert(0, EditProgressBar())  # type: ignore[attr-defined]
-        trainer.callbacks += [_FactsReview(), ResultsTable()]  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, _FactsReview())  # type: ignore[attr-defined]
+        trainer.callbacks.append(ResultsTable())  # type: ignore[attr-defined]
+        self._made: list[Path] = []
         if trainer.loggers:
-            trainer.loggers = [*trainer.loggers, ResultsLogger(trainer.log_dir or "runs")]
+            folder = Path(trainer.log_dir or "runs")
+            trainer.loggers = [*trainer.loggers, ResultsLogger(folder)]
+            self._made = [place for place in (folder, *folder.parents) if not place.exists()]
         return trainer
 
     def before_fit(self) -> None:
@@ -253,7 +275,12 @@ def _ready(args: list[str]) -> tuple[LitEdit, torch.device]:
 
 
 class _FactsReview(Callback):
-    """Says in one line, before the first edit, what of a user's own file deserves a look."""
+    """Checks the facts before anything is asked, and says in one line what of a user's own file deserves a look."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(pl_module, LitEdit) and isinstance(data, EditDataModule):
+            check_requests(data.requests, pl_module.prompter)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -274,14 +301,15 @@ def describe(editor: Editor) -> str:
         >>> describe(load_editor("mose"))
         'MOSE, layers by ActivationSelection'
     """
+    restrained = "".join(f" + {type(restraint).__name__}" for restraint in editor.restraints)
     if not isinstance(editor, LocateThenEdit):
-        return type(editor).__name__
+        return type(editor).__name__ + restrained
     values = editor.values
     shaped = [values.schedule] if not isinstance(values.schedule, Plain) else []
     name = type(editor.solver).__name__
     if special := [*shaped, *values.penalties]:
         name += f" with {', '.join(type(part).__name__ for part in special)}"
-    name += "".join(f" + {type(restraint).__name__}" for restraint in editor.restraints)
+    name += restrained
     if editor.value_keys is not None:
         name += f", values at {type(editor.value_keys).__name__}"
     if not isinstance(editor.layers, FixedLayers):
@@ -295,6 +323,22 @@ def _version_of(ckpt_path: Any, runs: Path) -> str | None:
         return None
     run = Path(ckpt_path).expanduser().resolve().parent.parent
     return run.name if run.parent == runs.resolve() else None
+
+
+# What a run leaves in its folder before its first edit; a checkpoint or a file of the user's own is none of it.
+_BEFORE_THE_FIRST_EDIT = ("config.yaml", "hparams.yaml", "results.json", "events.out.tfevents.*")
+
+
+def _take_back(made: Sequence[Path]) -> None:
+    """Removes folders that a run without an edit has made, the innermost first, unless they hold something else."""
+    for folder in made:
+        for pattern in _BEFORE_THE_FIRST_EDIT if folder == made[0] else ():
+            for file in folder.glob(pattern):
+                file.unlink()
+        try:
+            folder.rmdir()
+        except OSError:  # it is not empty, or was not made
+            return
 
 
 def _wants_bar(trainer: Trainer) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lit_edit.linalg import thin_svd
 from lit_edit.statistics import model_fingerprint
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _METADATA_KEY = "delta"
 _LEFT, _RIGHT = "left:", "right:"
 
@@ -33,7 +33,7 @@ class DeltaHeader:
 
     Attributes:
         original: `lit_edit.statistics.model_fingerprint` of the model it is applied to.
-        edited: that of the model it gives; None where it is stored with a loss.
+        edited: that of the model it gives; None where it is stored with a loss, or is the original's.
         parameters: names of the weights that change.
         error: largest relative error ``‖W_given − W_edited‖_F / ‖W_edited‖_F`` over the weights; 0 where exact.
         method, edits: for people.
@@ -98,7 +98,10 @@ def save_delta(
         tensors[_LEFT + name], tensors[_RIGHT + name] = left, right
         worst = max(worst, error)
     exact = not any(name.startswith(_LEFT) for name in tensors)
-    header = DeltaHeader(original, model_fingerprint(model) if exact else None, tuple(names), worst, method, edits)
+    edited = model_fingerprint(model) if exact and names else None
+    if edited == original:  # a fingerprint that cannot tell the two models apart says nothing about either
+        edited = None
+    header = DeltaHeader(original, edited, tuple(names), worst, method, edits)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -161,7 +164,10 @@ def _header(text: str) -> DeltaHeader:
     if not isinstance(values, dict) or set(values) != names:
         raise ValueError(f"its header has not exactly the fields {', '.join(sorted(names))}.")
     if values["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"its format is version {values['format_version']}, this program reads {FORMAT_VERSION}.")
+        raise ValueError(
+            f"its format is version {values['format_version']}, this program reads {FORMAT_VERSION}. Make "
+            "it again from the run, with `train.py export --delta`."
+        )
     return DeltaHeader(**{**values, "parameters": tuple(values["parameters"])})
 
 

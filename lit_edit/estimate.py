@@ -7,7 +7,10 @@ width d, the projections' input size p, L editable of N blocks, vocabulary v, an
 * key covariances: ``8 p²`` for each of L; language-model gradients: ``8 d p``; original weights: as stored;
 * what the solver keeps: `Solver.kept_size` numbers of 8 bytes for each of L (AlphaEdit's projector: ``p²``);
 * keys of past edits: ``4 p`` for each edit and layer, at most;
-* while statistics are collected: ``8 p²`` for each of L a second time, and the keys of one batch of texts;
+* while key covariances are collected: ``8 p²`` for each of L a second time, and the keys of one batch of texts;
+* while gradients are collected: ``8 d p`` for each of L a second time, and, for every token of one batch of texts, what
+  the backward pass keeps in each block from the lowest of L on (see below), the inputs of L, two float64 copies of the
+  largest, and ``5 v`` numbers of 4 bytes: logits, their float32 copy, its softmax, and the gradients of both;
 * while values are optimised: for every row (an edit prompt in a context, or the prompt of the KL term) and token what
   the backward pass keeps in each block, about ``12 d + 4 p`` numbers in the dtype (float32 where norms compute in it),
   and ``3 v`` numbers of 4 bytes for each token whose logits are read;
@@ -31,6 +34,7 @@ from lit_edit.requests import EditRequest
 from lit_edit.workspace import Workspace
 
 _COLLECTED_AT_ONCE = 16 * 256  # tokens in a forward pass over the corpus
+_DERIVED_AT_ONCE = 4  # texts in a forward and backward pass over the corpus, of 256 tokens or what the model takes
 _KEPT_OF_BLOCK = (12, 4)  # numbers for a token in units of (d, p), measured on Llama and GPT-2 blocks
 
 
@@ -92,6 +96,10 @@ def memory_needed(workspace: Workspace, editor: Editor, requests: Sequence[EditR
     if editor.needs_covariances:
         keys = _COLLECTED_AT_ONCE * longest * (8 + 2 * itemsize)
         passing["collecting statistics"] = lasting["key covariances"] + keys
+    if editor.needs_gradients:
+        passing["collecting gradients"] = lasting["language-model gradients"] + _collecting_gradients(
+            workspace, editor.editable_layers(workspace), longest, vocabulary, itemsize
+        )
     if isinstance(editor, LocateThenEdit):
         if kept := sum(8 * editor.solver.kept_size(d, p) for d, p in shapes):
             lasting[f"what {type(editor.solver).__name__} keeps"] = kept
@@ -104,6 +112,17 @@ def memory_needed(workspace: Workspace, editor: Editor, requests: Sequence[EditR
         passing["training"] = _passes(workspace, batch_size, *_text(workspace, requests), vocabulary, itemsize, 1.0)
         passing["writing"] = 8 * 3 * widest
     return Memory(lasting, passing)
+
+
+def _collecting_gradients(
+    workspace: Workspace, layers: Sequence[int], longest: int, vocabulary: int, itemsize: int
+) -> int:
+    """Bytes of one forward and backward pass over texts of the corpus, every token of which is predicted."""
+    tokens, blocks = min(256, workspace.prompter.max_length), len(workspace.architecture)
+    above = (blocks - min(layers)) / blocks
+    kept = _passes(workspace, _DERIVED_AT_ONCE, tokens, 0, vocabulary, itemsize, above)
+    of_token = longest * (itemsize * len(layers) + 8 * 2) + vocabulary * 5 * 4
+    return kept + _DERIVED_AT_ONCE * tokens * of_token
 
 
 def _values(
@@ -121,13 +140,14 @@ def _values(
     layers = editor.editable_layers(workspace)
     policy, blocks = editor.layers, len(workspace.architecture)
     above = (blocks - (layers[-1] if editor.values.site == "block" else layers[0])) / blocks
-    rows = batch * (contexts + 1 + kl)
+    most = max(editor.values.max_rows, contexts + 1 + kl)
+    rows = min(batch * (contexts + 1 + kl), most)
     found = _passes(workspace, rows, tokens + (length if contexts else 0), target, vocabulary, itemsize, above)
     if isinstance(policy, FixedLayers):
         return found
     tried = min(policy.contexts, contexts + 1) if isinstance(policy, ActivationSelection) else contexts + 1
     above = sum(blocks - layer for layer in layers) / len(layers) / blocks
-    rows = batch * len(layers) * (tried + kl)
+    rows = min(batch * len(layers) * (tried + kl), most)
     tokens += length if tried > 1 else 0
     return max(found, _passes(workspace, rows, tokens, target, vocabulary, itemsize, above))
 

@@ -119,7 +119,8 @@ class LocalityReference:
                 if probe.prompt in self.answers:
                     continue
                 wanted = probe.target or request.target_new
-                row = prompter.row(probe.prompt, wanted, source=request.source)
+                fields = (probe.field or "prompt", "target_new")
+                row = prompter.row(probe.prompt, wanted, source=request.source, fields=fields)
                 length[probe.prompt] = max(len(row.ids) - row.target_start, length.get(probe.prompt, 0))
         prompts = list(length)
         for prompt, answer in zip(prompts, greedy(model, prompter, prompts, [length[p] for p in prompts]), strict=True):

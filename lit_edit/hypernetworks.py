@@ -25,7 +25,7 @@ from lit_edit.trials import Factors, target_nll
 from lit_edit.workspace import Workspace
 
 FILE_NAME = "hypernetwork.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _METADATA_KEY = "hypernetwork"
 _FLOOR = 1e-2  # of a feature's spread, as a share of the mean spread
 _TRAIN = "Train one with `python -m lit_edit.mend_training --help`."
@@ -88,7 +88,8 @@ class _LowRankStep(nn.Module):
     def forward(self, z: Tensor, mode: int) -> Tensor:
         """(..., width) to the same."""
         inner = z @ self.down.T @ self.up.T + self.bias
-        return z + torch.relu(self.scale[mode] * inner + self.offset[mode])
+        # Not `relu`, whose gradient at 0 is 0: where everything starts, nothing would ever move.
+        return z + (self.scale[mode] * inner + self.offset[mode]).clamp(min=0)
 
 
 class HyperNetwork(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 EMBEDDED = "embedded"
@@ -60,7 +60,7 @@ def load_model(
         device: where to put it.
 
     Raises:
-        LoadingError: if there is no such model, or it is no causal language model.
+        LoadingError: if there is no such model, it is no causal language model, or its weights are quantised.
     """
     if dtype not in DTYPES:
         raise LoadingError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -71,13 +71,56 @@ def load_model(
     if looks_like_path and not (Path(where) / "config.json").is_file():
         raise LoadingError(f"{name}: no model there (a folder with config.json, weights and tokenizer is needed).")
     try:
+        # Before anything that needs a quantisation library: the user would be told to install it, in vain.
+        refuse_quantised(name, AutoConfig.from_pretrained(where, trust_remote_code=False))
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         with transformers_bars(on_terminal() and name != EMBEDDED):  # the embedded model loads at once
             model: nn.Module = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except LoadingError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoadingError(f"The model {name!r} cannot be loaded: {first}") from error
     return model.to(device), tokenizer
+
+
+def refuse_quantised(name: str, config: Any) -> None:
+    """Raises for a model whose weights are stored in a form that an edit cannot be written to.
+
+    Args:
+        name: of the model, for people.
+        config: its configuration, as `AutoConfig` reads it.
+
+    Raises:
+        LoadingError: naming how the weights are quantised, whether or not a library for it is installed.
+    """
+    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not found:
+        return
+    settings: dict[str, Any] = dict(found if isinstance(found, dict) else found.to_dict())
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "an unknown method"
+    bits = _bits(str(method), settings)
+    raise LoadingError(
+        f"The model {name!r} is quantised ({method}{f', {bits} bits' if bits else ''}): what it stores is not the "
+        "weight itself, and an edit cannot be written to it. Load the model that it was made from, unquantised."
+    )
+
+
+def _bits(method: str, settings: dict[str, Any]) -> int | None:
+    """How many bits a quantised weight is stored in; None where the settings do not say."""
+    for name, bits in (("load_in_4bit", 4), ("load_in_8bit", 8)):
+        if settings.get(name) or settings.get(f"_{name}"):
+            return bits
+    for name in ("bits", "w_bit", "nbits", "num_bits"):
+        if isinstance(settings.get(name), int):
+            return int(settings[name])
+    groups = settings.get("config_groups")
+    if isinstance(groups, dict):
+        weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
+        stored = {int(group["num_bits"]) for group in weights if group.get("num_bits")}
+        return stored.pop() if len(stored) == 1 else None
+    said = re.search(r"(?:fp|float|int|mxfp)(\d+)", method)
+    return int(said[1]) if said else None
 
 
 def save_model(model: Any, tokenizer: Any, folder: str | Path, max_shard_size: str = "5GB") -> None:

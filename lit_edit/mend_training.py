@@ -199,6 +199,8 @@ def train(
     statistics: int = 256,
     seed: int = 0,
     progress: bool = False,
+    hidden: int = 1,
+    clip: float = 100.0,
 ) -> HyperNetwork:
     """Trains a hyper-network for some layers of a model.
 
@@ -216,10 +218,14 @@ def train(
         statistics: so many requests give the statistics of the inputs.
         seed: of initialisation, order and choices.
         progress: show a bar.
+        hidden: layers of the network.
+        clip: gradients longer than this, all of the network's together, are shortened to it.
 
     Raises:
-        ValueError: if a layer does not exist or a request has no locality prompt.
+        ValueError: if a layer does not exist, a request has no locality prompt or a number is out of range.
     """
+    if not clip > 0:
+        raise ValueError(f"MEND's training needs a clip > 0 for its gradients, not {clip}; 100 is published.")
     workspace.architecture.check(list(layers))
     shapes = {
         layer: (part.weight.shape[0], part.weight.shape[1])
@@ -228,7 +234,7 @@ def train(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = HyperNetwork(shapes, rank, edit_lr=edit_lr).to(workspace.device)
+        network = HyperNetwork(shapes, rank, hidden, edit_lr).to(workspace.device)
     gather_statistics(workspace, network, requests[:statistics])
     # The loader draws from a generator, though nothing here depends on it: not from everybody's.
     data = DataLoader(
@@ -241,7 +247,7 @@ def train(
         accelerator=workspace.device.type,
         devices=1,
         max_epochs=1,
-        gradient_clip_val=100.0,
+        gradient_clip_val=clip,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -254,28 +260,40 @@ def train(
     return network.requires_grad_(False).eval()
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Trains, saves and scores a hyper-network."""
+_SETTINGS = tuple("layers rank hidden steps batch_size lr lr_lr edit_lr edit_weight clip seed".split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options of the command; defaults are for the embedded model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED, help="'embedded', a folder or a name on the hub")
     parser.add_argument("--data", help="a file of facts; the embedded CounterFact records by default")
+    parser.add_argument("--data-seed", type=int, help="shuffles the records, before --offset counts, as `fit` does")
     parser.add_argument("--offset", type=int, default=400, help="first record of the training data")
     parser.add_argument("--held-out", type=int, default=100, help="records kept for the final score, the last ones")
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 4, 5])
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=64, help="of the network's factors; published: 1920")
+    parser.add_argument("--hidden", type=int, default=1, help="hidden layers of the network")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=8, help="edits a step")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=3e-4, help="of the network; published: 1e-6")
     parser.add_argument("--lr-lr", type=float, default=1e-4)
     parser.add_argument("--edit-lr", type=float, default=1e-4)
     parser.add_argument("--edit-weight", type=float, default=0.1)
+    parser.add_argument("--clip", type=float, default=100.0, help="longest gradient of a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="folder for hypernetwork.safetensors")
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Trains, saves and scores a hyper-network."""
+    parser = _parser()
     given = parser.parse_args(args)
 
     data = EditDataModule(given.data) if given.data else CounterFactDataModule(n_edits=None, offset=given.offset)
-    data.n_edits, data.offset = None, given.offset
+    data.n_edits, data.offset, data.seed = None, given.offset, given.data_seed
     data.setup("fit")
     if not 0 < given.held_out < len(data.requests):
         parser.error(
@@ -285,16 +303,14 @@ def main(args: Sequence[str] | None = None) -> None:
     model, tokenizer = load_model(given.model, device=given.device)
     workspace = Workspace.of(model.eval().requires_grad_(False), tokenizer)
     start = time.perf_counter()
-    settings = {
-        name: getattr(given, name)
-        for name in ("layers", "rank", "steps", "batch_size", "lr", "lr_lr", "edit_lr", "edit_weight", "seed")
-    }
+    settings = {name: getattr(given, name) for name in _SETTINGS}
+    used = settings | {"data_seed": given.data_seed, "offset": given.offset, "requests": len(training)}
     network = train(workspace, training, **settings, progress=on_terminal())
     minutes = (time.perf_counter() - start) / 60
-    network.save(given.out, model, {"training": settings | {"requests": len(training)}})
+    network.save(given.out, model, {"training": used})
     editor = MEND(str(given.out))
     scores = held_out_scores(workspace, editor, held_out)
-    path = network.save(given.out, model, {"training": settings | {"requests": len(training)}, "held_out": scores})
+    path = network.save(given.out, model, {"training": used, "held_out": scores})
     said = ", ".join(f"{kind} {score:.3f}" for kind, score in scores.items())
     print(f"{path}: {minutes:.1f} min; {len(held_out)} held-out single edits: {said}", flush=True)
 

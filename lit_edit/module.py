@@ -152,8 +152,14 @@ class LitEdit(L.LightningModule):
         return []
 
     def on_train_start(self) -> None:
-        """Dropout off: `fit` would leave it on."""
+        """Dropout off: `fit` would leave it on. Finishes what was resumed after its last batch.
+
+        Lightning counts the epoch of a checkpoint that was saved at the end of the last batch as done, and passes over
+        `on_train_epoch_end`; callbacks measure the end of the run after this.
+        """
         self.model.eval()
+        if self.trainer.fit_loop.done:
+            self._session().finish()
 
     def _session(self) -> EditSession:
         if self.session is None:
@@ -204,10 +210,15 @@ class LitEdit(L.LightningModule):
         """Keeps the edited weights and the editor's state.
 
         A callback may save between the two halves of a batch. Lightning counts that batch as done, so its update is
-        applied first; otherwise a resumed run would lack one edit.
+        applied first; otherwise a resumed run would lack one edit. In the same way the editor finishes first where a
+        callback saves between the end of the epoch and `on_train_epoch_end`: the weights of such a checkpoint are
+        those of a whole run.
         """
         session = self._session()
         self._apply_pending()
+        epoch: Any = self.trainer.fit_loop.epoch_progress.current
+        if epoch.processed > epoch.completed:
+            session.finish()
         checkpoint["state_dict"] = {f"model.{name}": w.cpu() for name, w in session.edited_weights().items()}
         checkpoint[CHECKPOINT_KEY] = {
             "editor": {name: tensor.cpu() for name, tensor in self.editor.state_dict().items()},
@@ -245,6 +256,8 @@ class LitEdit(L.LightningModule):
         session.journal.load_state_dict(state["journal"], requests)
         if len(session.journal) < len(requests):
             _reopen_epoch(checkpoint)
+        else:
+            _reopen_end(checkpoint)
 
     def export(self, folder: str | Path) -> None:
         """Writes the edited model and its tokenizer as `transformers` loads them."""
@@ -292,6 +305,21 @@ def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
         for counts in progress["epoch_progress"].values():
             counts.update(processed=counts["processed"] - 1, completed=counts["processed"] - 1)
     progress["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
+def _reopen_end(checkpoint: dict[str, Any]) -> None:
+    """Lets Lightning end a run again whose checkpoint was saved in the hooks at the epoch's end.
+
+    It would otherwise leave at once, without the hooks at the end of a run, in which callbacks measure. Taken for saved
+    at the end of the last batch, it goes through these and edits nothing.
+    """
+    progress = checkpoint["loops"]["fit_loop"]
+    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    if epoch["current"]["processed"] > epoch["current"]["completed"] and batch["is_last_batch"]:
+        for counts in epoch.values():
+            counts["processed"] -= 1
+        for kind in ("total", "current"):
+            batch[kind]["completed"] = batch[kind]["processed"] - 1
 
 
 def _named(shapes: dict[str, tuple[int, ...]]) -> str:

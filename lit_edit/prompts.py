@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_edit.requests import EditRequest, RequestError
+from lit_edit.requests import EditRequest, RequestError, refusal
 
 _LONGEST_LETTER = 4  # in code points, of those that can be composed into one
 CONTEXT_SEEDS = ("The", "Therefore", "Because", "I", "You")
@@ -146,8 +146,10 @@ class Prompter:
     @classmethod
     def of(cls, model: Any, tokenizer: Any, chat_template: bool = False) -> Prompter:
         """For a model of `transformers`: the length it takes and the tokens it knows are read off from it."""
-        config = getattr(model, "config", None)
-        limit = getattr(config, "max_position_embeddings", None)
+        config: Any = getattr(model, "config", None)
+        # A model that takes images, too, keeps what concerns text apart.
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        limit = getattr(text, "max_position_embeddings", None)
         embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         size = getattr(getattr(embeddings, "weight", None), "shape", (None,))[0]
         return cls(tokenizer, int(limit or 1_000_000), size, chat_template)
@@ -206,6 +208,7 @@ class Prompter:
         source: str = "",
         offset: int = 0,
         first: bool = False,
+        fields: tuple[str, str] = ("prompt", "target_new"),
     ) -> Row:
         """Tokenises ``prompt + " " + target``, or what the chat template makes of them, as one text.
 
@@ -220,6 +223,7 @@ class Prompter:
             source: names the record in an error.
             offset: characters of the prompt before which the subject is not looked for (a context's length).
             first: take the subject's first occurrence instead.
+            fields: what an error calls the prompt and the target.
 
         Raises:
             RequestError: if the text is longer than the model takes or has tokens that it does not know, the subject
@@ -228,19 +232,19 @@ class Prompter:
         """
         subject = None if subject is None else subject.rstrip()  # a space after it belongs to the next word's token
         if target and not target.strip():
-            raise RequestError(f"{source or 'request'}, field 'target_new': {target!r} is nothing but white space.")
+            raise RequestError(f"{source or 'request'}, field '{fields[1]}': {target!r} is nothing but white space.")
         lead = 0 if self.frame.special else len(prompt) - len(prompt.lstrip())
         text, at, prompt, target = self._layout(prompt, target)
         offset = max(0, offset - lead)
         ids, offsets = self.encode(text, self.frame.special)
-        self._check(ids, prompt, source)
+        self._check(ids, prompt, source, fields[0])
         start = len(ids)
         if target:
             begin = at + len(prompt) + len(self.frame.tail)
             # A token without extent, as some tokenizers make of a space before a letter in bytes, counts as well.
             start = next((i for i, (_, b) in enumerate(offsets) if b > begin), len(ids))
             if start == len(ids) or start == 0:
-                raise RequestError(f"{source or 'request'}, field 'target_new': {target!r} has no token of its own.")
+                raise RequestError(f"{source or 'request'}, field '{fields[1]}': {target!r} has no token of its own.")
         last = -1
         if subject is not None:
             place = _occurrence(prompt, subject, offset, first)
@@ -257,18 +261,18 @@ class Prompter:
                 )
         return Row(tuple(ids), start, last)
 
-    def _check(self, ids: Sequence[int], prompt: str, source: str) -> None:
+    def _check(self, ids: Sequence[int], prompt: str, source: str, field: str) -> None:
         if len(ids) > self.max_length:
             raise RequestError(
-                f"{source or 'request'}, field 'prompt': {len(ids)} tokens with its target, the model takes "
+                f"{source or 'request'}, field '{field}': {len(ids)} tokens with its target, the model takes "
                 f"{self.max_length}: {prompt[:60]!r}..."
             )
         if not ids:
-            raise RequestError(f"{source or 'request'}, field 'prompt': {prompt[:60]!r} has no token.")
+            raise RequestError(f"{source or 'request'}, field '{field}': {prompt[:60]!r} has no token.")
         if self.vocabulary is not None and max(ids) >= self.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise RequestError(
-                f"{source or 'request'}, field 'prompt': the tokenizer gives the token {token!r} the id {max(ids)}, "
+                f"{source or 'request'}, field '{field}': the tokenizer gives the token {token!r} the id {max(ids)}, "
                 f"the model has embeddings for {self.vocabulary} tokens only. Load the model's own tokenizer, or "
                 "resize the model's embeddings."
             )
@@ -279,23 +283,40 @@ class Prompter:
 
 
 def check_requests(requests: Sequence[EditRequest], prompter: Prompter) -> None:
-    """Tokenises every request once, so that what cannot be edited is found before the first edit.
+    """Tokenises every request and every probe that is scored, so that what does not fit is found before the first edit.
 
     Raises:
-        RequestError: names the first record that does not fit the model.
+        RequestError: names the records that do not fit the model, each with the field, see `refusal`.
     """
     unknown = prompter.tokenizer.unk_token_id
     if unknown == prompter.tokenizer.eos_token_id:  # some name one token for both, and never need it for words
         unknown = None
+    reasons = []
     for request in requests:
-        row = prompter.row(request.prompt, request.target_new, request.subject, request.source)
-        parts = {"target_new": row.ids[row.target_start :], "subject": row.ids[row.subject_last :][:1]}
-        for field, ids in parts.items():
-            if unknown is not None and unknown in ids:
-                raise RequestError(
-                    f"{request.source or 'request'}, field '{field}': the tokenizer knows no token for a part of "
-                    f"{getattr(request, field)!r} and puts {prompter.tokenizer.unk_token!r} there."
-                )
+        try:
+            _check_request(request, prompter, unknown)
+        except RequestError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise refusal(reasons, len(requests))
+
+
+def _check_request(request: EditRequest, prompter: Prompter, unknown: int | None) -> None:
+    row = prompter.row(request.prompt, request.target_new, request.subject, request.source)
+    parts = {"target_new": row.ids[row.target_start :], "subject": row.ids[row.subject_last :][:1]}
+    for field, ids in parts.items():
+        if unknown is not None and unknown in ids:
+            raise RequestError(
+                f"{request.source or 'request'}, field '{field}': the tokenizer knows no token for a part of "
+                f"{getattr(request, field)!r} and puts {prompter.tokenizer.unk_token!r} there."
+            )
+    for number, probe in enumerate(request.probes):
+        if probe.kind in ("generation", "instance"):  # nothing asks the model these
+            continue
+        field = probe.field or f"probes[{number}].prompt"
+        own = probe.target not in (None, request.target_new)
+        fields = (field, f"answer to {field}" if own else "target_new")
+        prompter.row(probe.prompt, probe.target or request.target_new, source=request.source, fields=fields)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,6 +18,24 @@ def _refuse(source: str, field: str, why: str) -> RequestError:
     return RequestError(f"{source or 'request'}, field '{field}': {why}")
 
 
+def refusal(reasons: Sequence[str], of: int, most: int = 10) -> RequestError:
+    """One error for all records that cannot be edited, so that a file is not mended one mistake a run.
+
+    Args:
+        reasons: for each such record, why, as a `RequestError` says it; at least one.
+        of: how many records there are.
+        most: so many of the reasons are named, the rest is counted.
+
+    Example:
+        >>> str(refusal(["a.csv, line 2, field 'prompt': is empty."], 7))
+        "a.csv, line 2, field 'prompt': is empty."
+    """
+    if len(reasons) == 1:
+        return RequestError(reasons[0])
+    more = f" And {len(reasons) - most} more." if len(reasons) > most else ""
+    return RequestError(f"{len(reasons)} of {of} records cannot be edited: {' '.join(reasons[:most])}{more}")
+
+
 @dataclass(frozen=True)
 class Probe:
     """One question put to the model to judge an edit.
@@ -28,12 +48,15 @@ class Probe:
         target: the recorded answer. For locality it is the true object, which the `probability` definition compares
             with the new target; exact match is taken against the unedited model instead.
         name: the sub-group within a kind, where a data set has several (``neighborhood``, ``Relation_Specificity``).
+        field: the field of the record that the prompt stands in, as an error message should name it; the same question
+            from elsewhere is an equal probe.
     """
 
     kind: ProbeKind
     prompt: str
     target: str | None = None
     name: str = ""
+    field: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ProbeKind):

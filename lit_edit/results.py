@@ -47,6 +47,7 @@ HEADLINES = (
     "instance_change",
     "downstream",
     "stability/worst_condition_number",
+    "stability/worst_spectrum_drift",
     "stability/mean_frobenius_norm",
     "stability/mean_relative_drift",
 )

@@ -201,8 +201,11 @@ class EditSession:
         worst = max(applied, key=lambda item: item.rounding, default=None)
         if worst is None or worst.rounding <= TOLERATED_ROUNDING or self._warned_of_rounding:
             return
+        kind = self.workspace.architecture[worst.layer].weight.dtype
+        if torch.finfo(kind).bits > 16:  # what is lost to float32 is nothing to begin with: a fact known already
+            return
         self._warned_of_rounding = True
-        dtype = str(self.workspace.architecture[worst.layer].weight.dtype).removeprefix("torch.")
+        dtype = str(kind).removeprefix("torch.")
         warnings.warn(
             f"Edit {len(self.journal) + 1}: rounding to {dtype} took {worst.rounding:.0%} of the change of layer "
             f"{worst.layer}, which is {worst.relative_change:.1e} of the weight. Load the model in float32 to write "

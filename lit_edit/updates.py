@@ -6,10 +6,11 @@ stores the transpose: updates write through views.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,18 @@ from lit_edit.linalg import orthogonality_error
 
 _ORTHOGONALITY_TOLERANCE = 1e-8
 _UpdateT = TypeVar("_UpdateT", bound="Update")
+
+
+class Written(NamedTuple):
+    """What writing an update did to a weight.
+
+    Attributes:
+        relative_change: ``‖ΔW‖_F / ‖W‖_F``, before rounding and by the weight as it was before.
+        rounding: what rounding took of the change, see `Update.apply_`.
+    """
+
+    relative_change: float
+    rounding: float
 
 
 class Update(ABC):
@@ -38,6 +51,10 @@ class Update(ABC):
     def _inverse_delta(self, weight: Tensor) -> Tensor:
         """The dense change that takes the edited ``weight`` back, ``(d, p)`` in float64."""
 
+    def rank(self, weight: Tensor) -> int:
+        """What the rank of the change to ``weight (d, p)`` is at most: ``min(d, p)``, less where the form says so."""
+        return min(weight.shape)
+
     @property
     @abstractmethod
     def norm(self) -> float:
@@ -55,7 +72,17 @@ class Update(ABC):
             ValueError: if the update does not fit the weight's shape or the result is not finite in the weight's dtype.
                 The weight is then unchanged.
         """
-        return self._add_(weight, self.delta(weight))
+        return self._add_(weight, self.delta(weight))[1]
+
+    def write_(self, weight: Tensor) -> Written:
+        """:meth:`apply_`, and how large the change is beside the weight; the change is computed once.
+
+        Raises:
+            ValueError: as :meth:`apply_`.
+        """
+        before = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+        size, rounding = self._add_(weight, self.delta(weight))
+        return Written(size / before if before else math.inf if size else 0.0, rounding)
 
     def undo_(self, weight: Tensor) -> float:
         """Take back :meth:`apply_`, exact up to the rounding of the weight's dtype.
@@ -66,7 +93,7 @@ class Update(ABC):
         Raises:
             ValueError: as :meth:`apply_`.
         """
-        return self._add_(weight, self._inverse_delta(weight))
+        return self._add_(weight, self._inverse_delta(weight))[1]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The update as named tensors and nothing else, for a safetensors file or a checkpoint."""
@@ -90,7 +117,8 @@ class Update(ABC):
         raise ValueError(f"No update has the tensors {', '.join(sorted(state)) or '(none)'}. Known are {known}.")
 
     @torch.no_grad()
-    def _add_(self, weight: Tensor, delta: Tensor) -> float:
+    def _add_(self, weight: Tensor, delta: Tensor) -> tuple[float, float]:
+        """``‖delta‖_F``, and what rounding took of it."""
         exact = weight.detach().to(torch.float64) + delta
         rounded = exact.to(weight.dtype)
         if not torch.isfinite(rounded).all():
@@ -101,13 +129,14 @@ class Update(ABC):
         weight.detach().copy_(rounded)
         wanted = float(torch.linalg.vector_norm(delta))
         lost = float(torch.linalg.vector_norm(exact.sub_(rounded)))  # the float64 copy is not needed any more
-        return lost / wanted if wanted else 0.0
+        return wanted, lost / wanted if wanted else 0.0
 
-    def _hold(self, name: str, kind: str) -> Tensor:
+    def _hold(self, name: str, kind: str, ndim: int = 2) -> Tensor:
         """Check a field and keep a contiguous float64 copy: a record of an edit that later changes elsewhere leave."""
         tensor = getattr(self, name)
-        if tensor.ndim != 2:
-            raise ValueError(f"{kind} must be a matrix, got shape {tuple(tensor.shape)}.")
+        if tensor.ndim != ndim:
+            what = "a matrix" if ndim == 2 else "a stack of matrices"
+            raise ValueError(f"{kind} must be {what}, got shape {tuple(tensor.shape)}.")
         tensor = tensor.detach().to(torch.float64).clone(memory_format=torch.contiguous_format)
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{kind} of shape {tuple(tensor.shape)} holds values that are not finite.")
@@ -145,6 +174,10 @@ class LowRank(Update):
                 f"A low-rank update of shape {shape} does not fit a weight of shape {tuple(weight.shape)}."
             )
         return self.left.to(weight.device) @ self.right.to(weight.device)
+
+    def rank(self, weight: Tensor) -> int:
+        """``n`` at most."""
+        return min(*weight.shape, self.left.shape[1])
 
     def _inverse_delta(self, weight: Tensor) -> Tensor:
         return -self.delta(weight)
@@ -275,6 +308,63 @@ class KeyRotation(Update):
     def norm(self) -> float:
         """``‖Q − I‖_F``; ``2 √p`` at most."""
         return _distance_from_identity(self.key_q)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockKeyRotation(Update):
+    """``W ← W blockdiag(Q_1, …, Q_n)`` with orthogonal ``Q_i``: a `KeyRotation` without its zeros.
+
+    Stored, checked and applied block by block: ``n b²`` numbers, ``O(d p b)`` operations. What `Rotation` says of
+    rounding holds here, too.
+
+    Args:
+        key_blocks: ``(n, b, b)`` with ``n b = p``, each block orthogonal to 1e-8.
+
+    Raises:
+        ValueError: if the blocks are not square, finite and orthogonal; the message names the worst.
+    """
+
+    key_blocks: Tensor
+
+    def __post_init__(self) -> None:
+        blocks = self._hold("key_blocks", "The blocks of a key rotation", ndim=3)
+        if blocks.shape[1] != blocks.shape[2]:
+            raise ValueError(f"The blocks of a key rotation must be square, got shape {tuple(blocks.shape)}.")
+        if not blocks.numel():
+            return
+        gram = blocks.mT @ blocks
+        gram.diagonal(dim1=1, dim2=2).sub_(1.0)
+        error, worst = gram.abs().amax(dim=(1, 2)).max(dim=0)
+        if float(error) > _ORTHOGONALITY_TOLERANCE:
+            raise ValueError(
+                f"Block {int(worst)} of {len(blocks)} of a key rotation is not orthogonal: QᵀQ departs from the "
+                f"identity by {float(error):.1e} (at most {_ORTHOGONALITY_TOLERANCE:.0e} is accepted). Compute it in "
+                "float64."
+            )
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """``W blockdiag(Q_1, …, Q_n) − W``, ``(d, p)``."""
+        return self._turned(weight, self.key_blocks)
+
+    def _inverse_delta(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, self.key_blocks.mT)
+
+    def _turned(self, weight: Tensor, blocks: Tensor) -> Tensor:
+        n, b, _ = blocks.shape
+        if weight.ndim != 2 or weight.shape[1] != n * b:
+            raise ValueError(
+                f"A key rotation of size {n * b}, in {n} blocks, does not fit a weight of shape "
+                f"{tuple(weight.shape)}; the second dimension must be the input's."
+            )
+        weight = weight.detach().to(torch.float64)
+        turned = weight.reshape(-1, n, b).transpose(0, 1) @ blocks.to(weight.device)
+        return turned.transpose(0, 1).reshape(weight.shape) - weight
+
+    @property
+    def norm(self) -> float:
+        """``‖Q − I‖_F`` of the whole rotation; ``2 √p`` at most."""
+        eye = torch.eye(self.key_blocks.shape[1], dtype=torch.float64, device=self.key_blocks.device)
+        return float(torch.linalg.vector_norm(self.key_blocks - eye))
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,8 @@ class Workspace:
     ``contexts`` are templates with one ``{}`` for the prompt, the bare ``{}`` first; they are part of an edit's
     definition. Each for the layers where it was asked for: ``covariances`` maps a layer to C = E[k kᵀ] (p, p),
     ``gradients`` to the gradient of the language-model loss on a corpus (d, p), ``originals`` to a copy of the weight
-    (d, p) before the first edit. ``stopwatch`` counts the seconds of an edit by stage. ``cuttable`` is false once passes
-    of the model have turned out not to bear being cut (`lit_edit.suffix`).
+    (d, p) before the first edit. ``stopwatch`` counts the seconds of an edit by stage. ``cuttable`` is false once
+    passes of the model have turned out not to bear being cut (`lit_edit.suffix`).
     """
 
     model: nn.Module

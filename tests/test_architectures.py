@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from editing_references import make_workspace, projection_of
+from editing_references import changed, hooks_left, make_workspace, projection_of, requests, weights
+from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2Model
 
-from lit_edit.architectures import Architecture, UnsupportedModelError
+from lit_edit import edit
+from lit_edit.architectures import FAMILIES, Architecture, Family, UnsupportedModelError
 
 SIZES = {
     "hidden_size": 16,
@@ -108,6 +112,101 @@ def test_a_layer_that_does_not_exist_is_refused(tiny, index: int) -> None:
 def test_what_is_no_language_model_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="type None are not described yet; known are falcon, gemma2"):
         Architecture(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("module", "transposed", "why"),
+    [
+        (
+            "mlp.up_proj",
+            False,
+            r"layers\.\*\.mlp\.up_proj is not .*: mlp\.down_proj reads what it gives\. Name the weight",
+        ),
+        ("mlp.gate_proj", False, r"mlp\.down_proj reads what it gives"),
+        ("self_attn.o_proj", False, r"mlp\.gate_proj reads what it gives"),
+        ("self_attn.q_proj", False, r"self_attn\.o_proj reads what it gives"),
+        ("self_attn.v_proj", False, r"it gives 16 features, the block's hidden states have 32"),
+        ("mlp.down_proj", True, r"does not multiply its input \(32 features\).*It does with transposed: false\.$"),
+    ],
+)
+def test_a_wrong_family_is_refused_though_every_shape_would_do(module: str, transposed: bool, why: str) -> None:
+    model, tokenizer = tiny_model("llama")  # all of it square, 32 to 32
+    with pytest.raises(UnsupportedModelError, match=why):
+        Architecture(model, Family("model.layers", module, transposed))
+    with pytest.raises(UnsupportedModelError, match=why):  # before anything is collected
+        edit(model, tokenizer, requests(), "memit", corpus=[], family=Family("model.layers", module, transposed))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_wrong_orientation_that_does_not_fit_is_refused_too(kind: str) -> None:
+    model, _ = tiny_model(kind)
+    right = FAMILIES[kind]
+    with pytest.raises(UnsupportedModelError, match=f"It does with transposed: {str(right.transposed).lower()}"):
+        Architecture(model, replace(right, transposed=not right.transposed))
+
+
+@pytest.mark.parametrize("kind", ["gptj", "phi", "falcon", "gpt_neox"])
+def test_beside_an_mlp_an_attentions_output_is_refused(kind: str) -> None:
+    model, _ = tiny_model(kind)
+    right = FAMILIES[kind]
+    others = {"gptj": "attn.out_proj", "phi": "self_attn.dense", "falcon": "self_attention.dense"}
+    others["gpt_neox"] = "attention.dense"
+    own = right.down_projection.replace(".", r"\.")
+    with pytest.raises(UnsupportedModelError, match=rf"computed beside {own}, from several tokens as an attention"):
+        Architecture(model, replace(right, down_projection=others[kind]))
+
+
+def test_a_family_that_names_no_blocks_is_refused() -> None:
+    model, _ = tiny_model("llama")
+    for blocks in ("model", "model.embed_tokens", "nowhere"):
+        with pytest.raises(UnsupportedModelError, match=f"lacks {re.escape(blocks)}"):
+            Architecture(model, Family(blocks, "mlp.down_proj"))
+    with pytest.raises(UnsupportedModelError, match=r"lacks model\.layers\.\*\.mlp\.fc2"):
+        Architecture(model, Family("model.layers", "mlp.fc2"))
+
+
+def test_a_projection_that_does_not_run_or_of_which_nothing_comes_is_refused() -> None:
+    model, _ = tiny_model("qwen2")
+    for block in model.model.layers:
+        block.mlp.spare = nn.Linear(48, 32)
+    with pytest.raises(UnsupportedModelError, match="in block 0 it ran 0 times in one pass"):
+        Architecture(model, Family("model.layers", "mlp.spare"))
+    for block in model.model.layers:
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, args, mlp=block.mlp: (mlp.spare(args[0]), None)[1])
+    with pytest.raises(UnsupportedModelError, match="the block's output does not depend on it"):
+        Architecture(model, Family("model.layers", "mlp.spare"))
+    Architecture(model, FAMILIES["qwen2"])
+
+
+def test_a_wrong_layer_after_right_ones_is_found() -> None:
+    model, _ = tiny_model("llama")
+    odd = model.model.layers[3].mlp.down_proj
+    odd.forward = lambda x: x @ odd.weight
+    with pytest.raises(UnsupportedModelError, match=r"does not multiply its input .* in block 3"):
+        Architecture(model, FAMILIES["llama"])
+
+
+def test_the_check_leaves_a_model_as_it_was(tiny) -> None:
+    model, _ = tiny
+    model.train()
+    model.get_submodule(FAMILIES[model.config.model_type].blocks)[1].eval()
+    modes = [module.training for module in model.modules()]
+    before, state = weights(model), torch.get_rng_state()
+    Architecture(model, FAMILIES[model.config.model_type])
+    assert [module.training for module in model.modules()] == modes
+    assert changed(before, model) == set()
+    assert hooks_left(model) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_without_memory_are_not_run(tiny) -> None:
+    model, _ = tiny
+    right = FAMILIES[model.config.model_type]
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    model.forward = None
+    assert len(Architecture(model, right)) == 4
 
 
 def test_a_model_without_its_head_is_refused_with_advice() -> None:

@@ -113,6 +113,20 @@ def test_an_answer_stays_within_the_model_s_length(folders: tuple[Path, Path]) -
     assert said == longer
 
 
+def test_facts_that_cannot_be_edited_are_left_out_if_asked_to(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: Said
+) -> None:
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps([*FACTS, FACTS[0] | {"target_new": ""}]), encoding="utf-8")
+    given = ["ask", "--model", str(folders[1]), "--original", str(folders[0]), "--facts", str(file)]
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert "record 4, field 'target_new': is empty. (--on_bad_record=skip leaves such records out" in said
+    with pytest.warns(UserWarning, match="1 of 4 records cannot be edited and are left out"):
+        assert main([*given, "--on_bad_record=skip"]) == 0
+    assert "2 of 3 facts hold" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

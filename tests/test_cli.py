@@ -9,9 +9,11 @@ FactsDataModule`` after a configuration with ``n_edits: 100`` wants ``--data.n_e
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lit_edit.datamodules import FactsDataModule
 from run_examples import PLACES, quick_editor, write_corpus, write_facts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_tokenizer
@@ -26,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomC
 
 from lit_edit import EditRequest, edit, load_editor, load_model
 from lit_edit.architectures import Family
-from lit_edit.cli import EditCLI, describe, main
+from lit_edit.cli import EditCLI, _take_back, _Unstarted, describe, main
 from lit_edit.evaluation import score_targets
 from lit_edit.layers import FixedLayers
 from lit_edit.prompts import Prompter
@@ -143,6 +146,53 @@ def test_what_is_written(arguments: Command, tmp_path: Path, capsys: Errors) -> 
     assert row.split()[1] == "1"
 
 
+def test_the_end_line_names_what_there_is(arguments: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    for given in ([], ["--trainer.logger=false", "--export.model=false"]):
+        with caplog.at_level(logging.INFO, logger.name), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "ResultsTable found no ResultsLogger")
+            logger.addHandler(caplog.handler)
+            try:
+                assert main([*arguments(n=1), *given]) == 0
+            finally:
+                logger.removeHandler(caplog.handler)
+        said = next(r.getMessage() for r in reversed(caplog.records) if "edits: " in r.getMessage())
+        places = [Path(words.split(": ", 1)[1]) for words in said.split("   ")]
+        assert all(place.exists() for place in places)
+        assert ("results: " in said) == (not given)
+
+
+def test_a_run_without_an_edit_leaves_nothing_behind(arguments: Command, tmp_path: Path, capsys: Errors) -> None:
+    root = ["--trainer.default_root_dir", str(tmp_path / "new" / "runs")]
+    command = [*arguments(n=2, data=write_facts(tmp_path, 2, target_new="")), *root]
+    assert main(command) == 2
+    assert not (tmp_path / "new").exists()
+    write_facts(tmp_path, 2)
+    cut = ["--trainer.callbacks", "run_examples.PowerCut", "--trainer.callbacks.batch"]
+    with pytest.raises(RuntimeError, match="power cut"):
+        main([*command, *cut, "0"])  # the unedited model's answers are on file by then
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(RuntimeError, match="power cut"):
+        main([*command, *cut, "1"])
+    assert (tmp_path / "new" / "runs" / "memit" / "version_0" / "results.json").is_file()
+    with pytest.raises(RuntimeError, match="power cut"):
+        main([*command, *cut, "0"])
+    assert [place.name for place in (tmp_path / "new" / "runs" / "memit").iterdir()] == ["version_0"]
+
+
+def test_what_somebody_else_put_into_the_folder_stays(tmp_path: Path) -> None:
+    inner, outer = tmp_path / "a" / "b", tmp_path / "a"
+    inner.mkdir(parents=True)
+    (inner / "config.yaml").touch()
+    (inner / "notes.txt").touch()
+    _take_back([inner, outer])
+    assert [path.name for path in inner.iterdir()] == ["notes.txt"]
+    (inner / "notes.txt").unlink()
+    (outer / "config.yaml").touch()  # only the run's own folder is emptied
+    _take_back([inner, outer])
+    assert [path.name for path in outer.iterdir()] == ["config.yaml"]
+
+
 def test_the_saved_configuration_runs_again(arguments: Command, tmp_path: Path) -> None:
     assert main(arguments()) == 0
     first = tmp_path / "memit" / "version_0"
@@ -218,6 +268,21 @@ def test_overrides_take_effect(arguments: Command, tmp_path: Path) -> None:
     assert cli.model.editor.solver.use_memory
     assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
     assert (tmp_path / "kept" / "edits.ckpt").is_file()
+
+
+@pytest.mark.parametrize("spelt", [["--config", "rome.yaml"], ["-c", "rome"], ["--config=rome.yaml"]])
+def test_the_command_line_wins_wherever_the_configuration_stands(
+    arguments: Command, tmp_path: Path, spelt: list[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text("retention: {every_n: 7}\nstability: {every_n: 8}", encoding="utf-8")
+    given = arguments("rome")
+    options = [*given[3:], "--stability.every_n=9"]
+    assert given[:3] == ["fit", "--config", "rome.yaml"]
+    cli = _Unstarted(["fit", *options, *spelt, "--data.batch_size=1", "--config", str(tmp_path / "own.yaml")])
+    assert (type(cli.datamodule), cli.datamodule.path) == (FactsDataModule, str(tmp_path / "facts.json"))
+    assert cli.datamodule.n_edits is None
+    assert (cli.config.fit.retention.every_n, cli.config.fit.stability.every_n) == (7, 9)
+    assert cli.run_name == "rome"
 
 
 def test_a_long_path_through_init_args_is_the_same(arguments: Command, tmp_path: Path) -> None:

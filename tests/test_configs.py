@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ OVERLAYS = sorted(
     path.relative_to(CONFIGS / "models").with_suffix("").as_posix() for path in CONFIGS.glob("models/*/*")
 )
 MODELS = sorted(path.stem for path in CONFIGS.glob("models/*.yaml"))
+PRESETS = sorted(path.stem for path in CONFIGS.glob("presets/*"))
 ORTHOGONAL = ("mose", "mose-key", "mose-oft")
 
 
@@ -178,6 +182,7 @@ def test_what_does_not_go_together_is_said_in_one_line(
 # For real models
 
 
+@cache
 def composed(method: str, *overlays: str) -> tuple[dict[str, Any], Editor]:
     """The settings of ``model`` as ``fit`` composes them, and the editor made from them; no model is loaded."""
     parser = ArgumentParser(exit_on_error=False)
@@ -219,16 +224,131 @@ def test_an_overlay_composes_with_its_method(overlay: str) -> None:
         assert found[name] == value, name
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [f"models/{name}" for name in OVERLAYS] + [f"presets/{name}" for name in PRESETS])
 def test_every_value_of_an_overlay_has_its_source_beside_it(overlay: str) -> None:
-    lines = (CONFIGS / "models" / f"{overlay}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = (CONFIGS / f"{overlay}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ")
-    assert lines[1].endswith(f"fit --config {overlay.split('/')[1]}.yaml --config models/{overlay}.yaml")
+    if overlay.startswith("models/"):
+        assert lines[1].endswith(f"fit --config {overlay.split('/')[2]}.yaml --config {overlay}.yaml")
     for line in lines:
         name, _, value = line.strip().partition(":")
-        if line.startswith("#") or not value or name in ("model", "dtype", "- class_path"):
+        if line.startswith("#") or not value or name in ("model", "dtype", "- class_path", "class_path"):
             continue
         assert "  # " in line, line
+
+
+# What an overlay may leave to the method's own configuration: so long as it has one of these values there, and for this
+# reason. Anything else that it does not state is a constant chosen on the embedded model, passed off as published.
+UNSAID: dict[str, tuple[tuple[Any, ...], str]] = {
+    "value_keys": ((None,), "a part that the method has not"),
+    "restraints": ((None,), "a part that the method has not"),
+    "values.penalties": ((None,), "a part that the method has not"),
+    "values.schedule": ((None,), "a part that the method has not"),
+    "elastic_net": ((None,), "a part that the method has not"),
+    "layers.solver": ((None,), "the comparison's solver is ROME, as published"),
+    "layers.steps": ((None,), "as many as the edit itself has"),
+    "layers.reach": ((None,), "the published rule has no such limit"),
+    "values.site": (("mlp", "block"), "what v* is a value of is the method's, not the model's"),
+    "values.stop_loss": ((0.05,), "the same in every source"),
+    "values.complete_passes": ((False,), "a matter of speed; both give the same values"),
+    "values.max_rows": ((1024,), "a matter of memory; any number gives the same values"),
+    "values.schedule.saliency": ((True,), "the method; false is an ablation"),
+    "values.schedule.elastic_net": ((True,), "the method; false is an ablation"),
+    "values.schedule.eps": ((1e-8,), "published without a number: it only keeps a division from failing"),
+    "solver.covariance": (
+        (True,),
+        "ROME's paper and code; presets/rome-identity.yaml does as the toolkit",
+    ),
+    "solver.preservation": ((1.0,), "cancels in ROME without memory"),
+    "solver.memory": ((True, False), "whether there is one is the method's: in AlphaEdit alone"),
+    "restraints.keep": ((0.2,), "RECT's text; presets/rect-as-released.yaml has the other number"),
+    "restraints.beta": ((2.0,), "of the linear form, which no overlay takes"),
+    "objective": (("last_token", "target_tokens"), "what FT and FT-L differ in from FT-M"),
+    "stop_loss": ((0.01,), "the same in every source"),
+    "norm_constraint": ((None,), "EAC's appendix E has none"),
+    "elastic_net.eps": ((1e-8,), "unused without a score"),
+}
+
+
+@cache
+def inherited(overlay: str) -> dict[str, Any]:
+    """What an overlay leaves to the method's own configuration."""
+    said = {name for name, _ in flat(content(f"models/{overlay}")["model"]["editor"])}
+    found = flat(composed(overlay.split("/")[1], f"models/{overlay}")[0]["editor"])
+    return {name: value for name, value in found if name not in said and not name.endswith("class_path")}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_takes_no_constant_from_the_embedded_model(overlay: str) -> None:
+    left = inherited(overlay)
+    assert {name: value for name, value in left.items() if value not in UNSAID.get(name, ((), ""))[0]} == {}
+    assert left.get("solver.memory", False) == overlay.endswith("/alphaedit")
+
+
+def test_nothing_is_excused_that_no_overlay_leaves_out() -> None:
+    assert UNSAID.keys() <= {name for overlay in OVERLAYS for name in inherited(overlay)}
+
+
+# Presets: where a paper and its code differ, ablations, and what a data set changes
+
+
+def lines_of_use(preset: str) -> list[list[str]]:
+    """The configurations of every command in a preset's header."""
+    text = (CONFIGS / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
+    return [re.findall(r"--config (\S+)", line) for line in text.splitlines() if line.startswith("# fit ")]
+
+
+# What every preset changes, by dotted name.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "alphaedit-as-printed": {"solver.ridge": 1},
+    "eac-no-elastic-net": {"values.schedule.elastic_net": False},
+    "eac-no-saliency": {"values.schedule.saliency": False},
+    "eac-rome-as-released": {"values.schedule.l1": 0},
+    "eac-rome-zsre-llama3-8b": {"values.schedule.percentile": 90},
+    "eac-zsre-gpt2-xl": {"values.schedule.percentile": 80},
+    "emmet-as-released": {"solver.ridge": 0.1},
+    "mose-fixed-layer": {"layers.layers": [3]},
+    "mose-selected-layer": {"layers.neighbours": 0},
+    "mose-selected-and-neighbours": {"layers.neighbours": 1},
+    "prune-log-1.2": {"restraints.alpha": 1.2, "restraints.form": "log", "restraints.every_n": None},
+    "prune-log-e": {"restraints.alpha": math.e, "restraints.form": "log", "restraints.every_n": None},
+    "rect-as-published": {"restraints.keep": 0.2},
+    "rect-as-released": {"restraints.keep": 0.4},
+    "rome-identity": {"solver.covariance": False},
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_changes_what_it_says_and_nothing_else(preset: str) -> None:
+    assert lines_of_use(preset)
+    for *others, last in lines_of_use(preset):
+        assert find_config(last) == find_config(f"presets/{preset}")
+        before = dict(flat(composed(others[0], *others[1:])[0]["editor"]))
+        after = dict(flat(composed(others[0], *others[1:], last)[0]["editor"]))
+        assert {name: after[name] for name in SWITCHES[preset]} == SWITCHES[preset]
+        part = {"mose-fixed-layer": "layers"}.get(preset, "restraints")  # a part that is put in or exchanged
+        changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        assert {n for n in changed - SWITCHES[preset].keys() if n.split(".")[0] != part} == set()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_stands_in_the_card_of_every_method_it_is_for(preset: str) -> None:
+    for use in lines_of_use(preset):
+        card = CONFIGS.parent / "docs" / "methods" / f"{Path(use[0]).stem}.md"
+        assert f"`presets/{preset}.yaml`" in card.read_text(encoding="utf-8"), card.name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_makes_edits(command: Command, preset: str) -> None:
+    method = Path(lines_of_use(preset)[0][0]).stem
+    given = command(method, "{}")
+    given[5:5] = ["--config", f"presets/{preset}.yaml"]
+    # Nothing in the last layer, which the preset has for a deeper model, reaches a later token.
+    layer = ["--model.editor.layers.layers=[2]"] if preset == "mose-fixed-layer" else []
+    cli = EditCLI([*given, *layer, "--data.n_edits=2", f"--data.batch_size={2 if preset.startswith('emmet') else 1}"])
+    assert len(cli.model.journal) == 2
+    assert all(change > 0 for edit in cli.model.journal for change in edit.change.values())
+    assert all(bool(torch.isfinite(weight).all()) for weight in cli.model.edited_parameters().values())
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -299,10 +419,16 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt2-xl/ft-elastic-net": {"editor.elastic_net.l1": 5e-7, "editor.elastic_net.l2": 0.5},
     "llama3-8b/ft-elastic-net": {"editor.elastic_net.l1": 5e-7, "editor.elastic_net.l2": 1e-3},
     "gpt2-xl/mose-oft": {"editor.layers": span(4, 8), "editor.blocks": 4, "editor.lr": 5e-4},
-    "llama3-8b/mose-oft": {"editor.layers": span(19, 21)},
+    "llama3-8b/mose-oft": {"editor.layers": span(19, 21), "editor.steps": 25},
     "llama2-13b/mose-oft": {"editor.layers": span(19, 21)},
     "qwen2.5-7b/mose-oft": {"editor.layers": span(4, 6)},
-    "gpt2-xl/emmet": {"editor.layers.layers": [17], "editor.solver.preservation": 1000},
+    "gpt2-xl/emmet": {
+        "editor.layers.layers": [17],
+        "editor.solver.preservation": 1000,
+        "editor.solver.ridge": 0.1,
+    },
+    "gpt-j/emmet": {"editor.solver.preservation": 10000, "editor.solver.ridge": 0.1},
+    "llama2-7b/emmet": {"editor.solver.preservation": 1, "editor.solver.ridge": 0.1},
     "gpt2-xl/wilke": {"editor.layers.layers": span(0, 23), "editor.values.steps": 20},
     "gpt-j/wilke": {"editor.layers.layers": span(0, 6)},
     "mistral-7b/wilke": {"editor.layers.layers": span(5, 10)},
@@ -318,6 +444,19 @@ def test_the_published_constants_are_what_is_composed(overlay: str) -> None:
             assert found[PLACES[name]] == value, name
     # As published: lr is no multiple of anything.
     assert found["editor.values.lr_unit"] == "absolute"
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if "/o-edit" in name])
+def test_o_edit_has_the_constants_of_what_it_stands_on(overlay: str) -> None:
+    """Only the layer and λ are its paper's own (appendix C.2)."""
+    model, method = overlay.split("/")
+    base = method.rsplit("-", 1)[1]
+    own, its = (dict(flat(composed(name, f"models/{model}/{name}")[0]["editor"])) for name in (method, base))
+    differing = {name for name in its if own.get(name) != its[name] and name.split(".")[0] != "restraints"}
+    assert differing == {"layers.layers"}
+    part = "restraints" if "plus" in method else "values.penalties"
+    share = {"rome": 2.5, "memit": 2.0 if model == "mistral-7b" else 1.0}[base]
+    assert (own[f"{part}.gradient_share"], own[f"{part}.max_directions"]) == (share, None)
 
 
 @pytest.mark.parametrize("overlay", OWN)

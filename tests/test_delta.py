@@ -85,6 +85,47 @@ def test_another_model_an_edited_one_and_another_precision_are_refused_untouched
         assert_same_weights(other, untouched)
 
 
+def test_a_fingerprint_that_tells_nothing_apart_is_not_relied_on(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, before = edited(tiny[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_edit.delta.model_fingerprint", lambda _: "the same for all")
+        header = save_delta(tmp_path / "d", new, before, original="the same for all")
+        assert header.edited is None
+        load_delta(tiny[0], tmp_path / "d")
+    assert_same_weights(tiny[0], new)
+
+
+def test_a_delta_without_a_change_changes_nothing(tiny, tmp_path: Path) -> None:
+    before = {part.name: part.projection.weight.detach().clone() for part in Architecture(tiny[0]).layers}
+    header = save_delta(tmp_path / "d", tiny[0], before, original=model_fingerprint(tiny[0]))
+    assert header.parameters == ()
+    assert load_delta(tiny[0], tmp_path / "d").edited is None
+
+
+def test_a_change_of_rank_one_in_a_few_columns_is_applied(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 256, bias=False))
+    before = {"0.weight": model[0].weight.detach().clone()}
+    original = model_fingerprint(model)
+    key = torch.zeros(1024)
+    key[[1, 3, 517]] = 1.0  # a sample of every fourth value would meet none of them
+    new = copy.deepcopy(model)
+    with torch.no_grad():
+        new[0].weight.add_(torch.outer(torch.ones(256), key))
+    assert save_delta(tmp_path / "d", new, before, original=original).edited != original
+    load_delta(model, tmp_path / "d")
+    assert_same_weights(model, new)
+
+
+def test_a_file_of_an_earlier_format_says_what_to_do(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, before = edited(tiny[0])
+    save_delta(tmp_path / "d", new, before, original="")
+    monkeypatch.setattr("lit_edit.delta.FORMAT_VERSION", 3)
+    with pytest.raises(DeltaError, match=r"format is version 2, this program reads 3\. Make it again .*export --delta"):
+        load_delta(tiny[0], tmp_path / "d")
+
+
 def test_files_that_are_no_deltas_are_refused(tiny, tmp_path: Path) -> None:
     with pytest.raises(DeltaError, match="There is no delta at"):
         load_delta(tiny[0], tmp_path / "nothing.safetensors")

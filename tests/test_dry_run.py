@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,8 @@ import torch
 from lit_edit.callbacks import EveryNEdits
 from run_examples import CORPUS, data, facts, quick_editor, write_corpus, write_facts
 from tiny_models import FAMILIES, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_edit import EditRequest, load_editor, load_model
 from lit_edit.cli import main
@@ -31,6 +35,8 @@ from lit_edit.estimate import (
 from lit_edit.layers import FixedLayers
 from lit_edit.session import EditSession
 from lit_edit.solvers import MOSE, MOSEKey, Problem
+from lit_edit.solvers.mose_key import FOLD_AT
+from lit_edit.statistics.gradient import GradientCollector
 from lit_edit.workspace import Workspace
 
 Folder = Callable[[str], Path]
@@ -127,10 +133,71 @@ def test_errors_of_a_run_are_those_of_its_rehearsal(arguments: Command, tmp_path
         assert words in line
 
 
+def test_missing_statistics_that_may_not_be_collected_end_the_rehearsal_too(arguments: Command, capsys: Said) -> None:
+    given = [*arguments(), "--model.collect_statistics=false"]
+    for command in ([*given, "--dry_run"], given):
+        assert main(command) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "covariances of model.layers.1.mlp.down_proj" in line
+        assert "collect them with" in line
+    assert main(arguments()) == 0
+    assert main([*given, "--dry_run"]) == 0  # they are there by now
+
+
+@pytest.mark.filterwarnings("ignore:The key covariance was counted over 20 tokens, fewer than a key's")
+def test_a_corpus_too_short_for_the_method_ends_the_rehearsal_too(arguments: Command, capsys: Said) -> None:
+    """And only for a method that inverts what its few tokens leave singular."""
+    for method, status in (("memit", 2), ("mose", 0)):
+        given = [*arguments(method), "--model.corpus_tokens=20"]
+        for command in ([*given, "--dry_run"], given):
+            assert main(command) == status
+            said = capsys.readouterr().err
+            assert ("matrix to invert is not positive definite" in said) == (status == 2)
+
+
+def test_a_rehearsal_warns_of_few_tokens_as_the_run_does(arguments: Command) -> None:
+    with pytest.warns(UserWarning, match="counted over 200 tokens, fewer than 10 for each") as warned:
+        assert main([*arguments(), "--model.corpus_tokens=200", "--dry_run"]) == 0
+    assert len([w for w in warned if "key covariance" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("field", ["rephrase_prompt", "locality_prompt"])
+def test_a_probe_too_long_in_a_later_record_is_found_before_anything_else(
+    arguments: Command, tmp_path: Path, capsys: Said, field: str
+) -> None:
+    command = arguments(n=4, **{field: "The sea of Peru is " * 30})
+    for given in ([*command, "--dry_run"], command):
+        assert main(given) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"error: facts.json, record 2, field '{field}': ")
+        assert "facts to write" not in said.out
+    assert not list(tmp_path.rglob("*.safetensors*"))  # no statistics either
+
+
+def test_all_mistakes_in_the_facts_are_said_at_once(arguments: Command, tmp_path: Path, capsys: Said) -> None:
+    command = arguments()
+    records = facts(5)
+    records[1]["target_new"], records[3]["subject"] = "", "nobody"
+    (tmp_path / "facts.json").write_text(json.dumps(records), encoding="utf-8")
+    for given in ([*command, "--dry_run"], command):
+        assert main(given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: 2 of 5 records cannot be edited: facts.json, record 2, field 'target_new'")
+        assert "facts.json, record 4, field 'subject': 'nobody' does not occur" in line
+        hint = line[line.index("--data.") :].split()[0]
+    with pytest.warns(UserWarning, match="2 of 5 records cannot be edited and are left out") as warned:
+        assert main([*command, hint, "--dry_run"]) == 0
+    assert len([w for w in warned if "are left out" in str(w.message)]) == 1
+    assert "3 facts to write (3 rephrasings, 3 locality probes)" in capsys.readouterr().out
+
+
 def test_a_run_says_in_one_line_what_deserves_a_look(arguments: Command, capsys: Said) -> None:
     assert main([*arguments(prompt="The capital of France is", subject="France"), "--export.model=false"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "facts to write" in line]
-    assert line.startswith("4 facts to write: 0 already known, 0 given twice, 1 contradicting an earlier one (")
+    assert line.startswith(
+        "4 facts to write (4 rephrasings, 4 locality probes): 0 already known, 0 given twice, 1 contradicting an "
+        "earlier one ("
+    )
     assert (
         "facts.json, record 2 wants 'Oslo' for 'The capital of France is' where facts.json, record 1 wants 'Lyon'"
         in line
@@ -143,6 +210,33 @@ def test_a_run_says_in_one_line_what_deserves_a_look(arguments: Command, capsys:
 def stored(tensors: Any) -> int:
     """Bytes of tensors, each storage once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class Highest(TorchDispatchMode):
+    """The most bytes that tensors made within it took at once, those of the program before it left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self._now, self._alive = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata in given or storage._cdata in self._alive:
+                continue
+            self._alive.add(storage._cdata)
+            self._now += storage.nbytes()
+            self.bytes = max(self.bytes, self._now)
+            weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+    def _freed(self, place: int, size: int) -> None:
+        self._alive.discard(place)
+        self._now -= size
 
 
 def session(family: str, editor: Editor, tmp_path: Path) -> EditSession:
@@ -190,10 +284,9 @@ def test_what_lasts_is_as_large_as_the_tensors(method: str, family: str, tmp_pat
     assert keys <= found.pop("keys of past edits") <= keys * (3 if method == "mose" else 1)
     kept = sum(found.values())
     if method == "alphaedit":
-        assert kept == sum(
-            editor.solver._projectors[part.name].matrix.nbytes  # type: ignore[attr-defined]
-            for part in made.editable
-        )
+        parts = [editor.solver._kept[part.name] for part in made.editable]  # type: ignore[attr-defined]
+        real_kept = sum(stored([k.projector, k.inverse, k.fresh, k.solved, k.inner]) for k in parts)
+        assert sum(part.projector.nbytes for part in parts) <= real_kept <= kept
 
 
 def test_what_rotations_keep_from_edit_to_edit() -> None:
@@ -209,8 +302,10 @@ def test_what_rotations_keep_from_edit_to_edit() -> None:
             memory = torch.cat([memory, key], dim=1)
         kept = solver._carried["x"] if isinstance(solver, MOSE) else solver._kept["x"]
         real = stored([kept.preserved.vectors, kept.preserved.factor.clone()])
+        if isinstance(solver, MOSEKey):
+            real += stored(solver._triangles.values()) + 8 * p * (FOLD_AT - kept.preserved.factor.shape[1])
         assert real <= 8 * solver.kept_size(d, p) <= 2 * real
-        assert type(solver)(method="svd").kept_size(d, p) == 0
+        assert type(solver)(method="svd").kept_size(d, p) == (d * d if isinstance(solver, MOSEKey) else 0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
@@ -235,6 +330,24 @@ def test_values_keep_about_what_is_foreseen(family: str, batch: int, tmp_path: P
     real = sum(storage.nbytes() for storage in seen.values())
     foreseen = memory_needed(made.workspace, editor, requests(batch), batch).passing["values"]
     assert real / 2.5 < foreseen < 2.5 * real
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_gradient_pass_keeps_about_what_is_foreseen(family: str, tmp_path: Path) -> None:
+    """Everything that is alive at once while a loss over a batch of texts is derived by the layers' outputs."""
+    editor = quick_editor("o-edit-memit")
+    made = session(family, editor, tmp_path)
+    workspace = made.workspace
+    length = min(256, workspace.prompter.max_length)
+    ids = torch.randint(3, workspace.prompter.vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
+    collector = GradientCollector({part.name: part.projection for part in made.editable})
+    collector.add(workspace.model, ids, torch.ones_like(ids, dtype=torch.bool))  # what lasts is there then
+    with Highest() as highest:
+        collector.add(workspace.model, ids, torch.ones_like(ids, dtype=torch.bool))
+    collector.remove()
+    foreseen = memory_needed(workspace, editor, requests(), 1).passing["collecting gradients"]
+    assert highest.bytes / 1.5 < foreseen < 2.5 * highest.bytes
+    assert "collecting gradients" not in memory_needed(workspace, quick_editor("memit"), requests(), 1).passing
 
 
 def test_the_highest_counts_and_what_lasts_adds_up() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lit_edit.callbacks import EditCheckpoint, ExportModel
 from rich.console import Console
 from run_examples import assert_same_weights, data, facts, quick_editor, trainer, write_corpus, write_facts
@@ -179,6 +182,25 @@ def test_ask_shows_what_the_run_has_made_of_its_facts(
     table.print(prompts_table([prompt], before, after))
     table.print(facts_table(requests, before, after))
     assert said == table.export_text()
+
+
+@pytest.mark.parametrize("made", [("gpt2", "float32")], indirect=True, ids=["gpt2"])
+@pytest.mark.parametrize("setting", [None, "skip", "raise"])
+def test_ask_treats_bad_records_as_the_run_did(made: Made, tmp_path: Path, setting: str | None, capsys: Said) -> None:
+    run, file = tmp_path / "run", tmp_path / "facts.json"
+    shutil.copytree(made.run, run, ignore=shutil.ignore_patterns("model"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config["data"]["init_args"]["on_bad_record"] = "skip"
+    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    file.write_text(json.dumps([*facts(2), facts(1)[0] | {"subject": "nobody"}]), encoding="utf-8")
+    given = ["ask", "--run", str(run), "--facts", str(file), *([f"--on_bad_record={setting}"] if setting else [])]
+    if setting == "raise":
+        assert main(given) == 2
+        assert "record 3, field 'subject': 'nobody' does not occur" in capsys.readouterr().err
+        return
+    with pytest.warns(UserWarning, match="1 of 3 records cannot be edited and are left out"):
+        assert main(given) == 0
+    assert "of 2 facts hold" in capsys.readouterr().out
 
 
 @pytest.fixture

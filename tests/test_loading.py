@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from lit_edit.commands.dry_run import skeleton
 from lit_edit.loading import LoadingError, embedded_path, load_model, transformers_bars
 
 Folder = Callable[[str], Path]
@@ -58,6 +60,50 @@ def test_what_cannot_be_loaded(tiny_folder: Folder, tmp_path: Path) -> None:
     (bare / "model.safetensors").unlink()
     with pytest.raises(LoadingError, match=r"bare' cannot be loaded: .*model\.safetensors"):
         load_model(str(bare))
+
+
+QUANTISED = {
+    "bitsandbytes, 4 bits": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bitsandbytes, 8 bits": {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
+    "gptq, 4 bits": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq, 4 bits": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "fp8, 8 bits": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    "mxfp4, 4 bits": {"quant_method": "mxfp4"},
+    "compressed-tensors, 8 bits": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}, "targets": ["Linear"]}},
+    },
+    "compressed-tensors": {"quant_method": "compressed-tensors", "config_groups": {}},
+    "newly invented": {"quant_method": "newly invented"},
+}
+
+
+@pytest.mark.parametrize("said", QUANTISED)
+def test_quantised_models_are_refused_by_their_configuration(said: str, tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    shutil.copytree(tiny_folder("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTISED[said]}))
+    (folder / "model.safetensors").unlink()  # it is not asked for
+    for load in (load_model, skeleton):
+        with pytest.raises(LoadingError) as caught:
+            load(str(folder), "float32")
+        assert str(caught.value).endswith(
+            f"packed' is quantised ({said}): what it stores is not the weight itself, and an edit cannot be written to "
+            "it. Load the model that it was made from, unquantised."
+        )
+
+
+def test_a_library_that_is_missing_is_named(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("\nThis tokenizer needs `something`.\nInstall it.")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(LoadingError, match=r"cannot be loaded: This tokenizer needs `something`\."):
+        load_model(str(tiny_folder("llama")))
+    assert skeleton(str(tiny_folder("llama")), "float32") is None
 
 
 def test_damaged_weights_are_an_error_of_one_line(tiny_folder: Folder, tmp_path: Path) -> None:

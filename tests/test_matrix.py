@@ -30,8 +30,8 @@ METHODS = (
     "rome", "r-rome", "memit", "emmet", "alphaedit", "mose", "mose-key", "rect", "prune", "wilke", "o-edit-plus-rome",
     "o-edit-rome", "eac-rome", "ft", "mose-oft",
 )  # fmt: skip
-# 14 families and 15 methods have no common divisor: a walk along both meets every pair once before it repeats itself.
-WALK = [(KINDS[i % len(KINDS)], METHODS[i % len(METHODS)]) for i in range(len(KINDS) * len(METHODS))]
+# Along the families, the methods move on by one each time round, so that every pair is met once.
+WALK = [(kind, METHODS[(at + turn) % len(METHODS)]) for turn in range(len(METHODS)) for at, kind in enumerate(KINDS)]
 FEW = WALK[:30]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FACTS = [

@@ -18,9 +18,14 @@ from run_examples import PowerCut, assert_same_weights, data, entries, quick_edi
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_edit import LitEdit, edit, load_model
+from lit_edit.editors import Editor, FineTune, LocateThenEdit
+from lit_edit.layers import FixedLayers
 from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.requests import EditRequest, RequestError
+from lit_edit.restraints import PRUNE, Restraint
 from lit_edit.results import ResultsLogger, read_results
+from lit_edit.solvers import ROME
+from lit_edit.values import ValueOptimizer
 
 # A frozen model is in evaluation mode from the start; Lightning takes that for an oversight.
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")
@@ -225,6 +230,85 @@ def test_a_checkpoint_between_the_halves_loses_no_edit(make: Make, tmp_path: Pat
     trainer(tmp_path).fit(resumed, datamodule=data(tmp_path, 4), ckpt_path=path, weights_only=True)
     assert_same_weights(resumed.model, straight.model)
     assert entries(resumed.journal) == entries(straight.journal)
+
+
+class SaveAtTheEpochsEnd(Callback):
+    """Lightning calls this before the module's own hook, and counts the epoch as done already."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+
+
+class Totals(EveryNEdits):
+    """The norm of all updates together, at every measurement."""
+
+    def __init__(self, every_n: int = 100) -> None:
+        super().__init__(every_n)
+        self.seen: dict[int, float] = {}
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
+        session = pl_module.session
+        now = {part.index: part.weight for part in session.editable}  # type: ignore[union-attr]
+        originals = session.workspace.originals  # type: ignore[union-attr]
+        self.seen[edits] = sum(float((now[i] - originals[i]).norm()) for i in now)
+        return {"total": self.seen[edits]}
+
+
+def pruned(every_n: int | None = None, fine_tuned: bool = False) -> Editor:
+    """An editor whose updates outgrow the weight, and PRUNE."""
+    restraints: list[Restraint] = [PRUNE(form="linear", every_n=every_n)]
+    if fine_tuned:
+        return FineTune([1, 2], lr=0.1, steps=3, stop_loss=0.0, restraints=restraints)
+    values = ValueOptimizer("mlp", lr=3.0, lr_unit="relative", steps=3, stop_loss=0.0, weight_decay=0.0)
+    return LocateThenEdit(FixedLayers([1, 2]), values, ROME(covariance=False), contexts=0, restraints=restraints)
+
+
+@pytest.mark.parametrize("fine_tuned", [False, True])
+@pytest.mark.parametrize("when", ["batch 1", "batch 2", "last batch", "epoch end"])
+def test_a_run_resumed_from_anywhere_is_finished_at_its_end(
+    tmp_path: Path, tiny_folder: Folder, when: str, fine_tuned: bool
+) -> None:
+    path = tmp_path / "saved.ckpt"
+    batch = {"batch 1": 0, "batch 2": 1, "last batch": 3}.get(when)
+    saving = SaveAtTheEpochsEnd(path) if batch is None else SaveBetweenTheHalves(path, batch)
+    found, modules = [], []
+    for callback, ckpt_path in ((None, None), (saving, None), (None, path)):
+        totals = Totals()
+        modules.append(LitEdit(pruned(fine_tuned=fine_tuned), str(tiny_folder("llama"))))
+        fitting = trainer(tmp_path, totals, *([callback] if callback else []))
+        fitting.fit(modules[-1], datamodule=data(tmp_path, 4), ckpt_path=ckpt_path, weights_only=True)
+        found.append(totals.seen)
+    straight, first, resumed = modules
+    for other in (first, resumed):
+        assert_same_weights(other.model, straight.model)
+        assert entries(other.journal) == entries(straight.journal)
+        torch.testing.assert_close(other.editor.state_dict(), straight.editor.state_dict(), rtol=0, atol=0)
+    # What is measured at the end of a run is what was pruned.
+    assert found[1] == found[0]
+    assert found[2] == {4: found[0][4]}
+    if when == "epoch end":
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        torch.testing.assert_close(weights, {f"model.{n}": w for n, w in straight.edited_parameters().items()})
+    unpruned = LitEdit(pruned(every_n=100, fine_tuned=fine_tuned), str(tiny_folder("llama")))
+    totals = Totals()
+    trainer(tmp_path, totals).fit(unpruned, datamodule=data(tmp_path, 4))
+    assert found[0][4] < 0.95 * totals.seen[4]  # not for want of something to prune
+
+
+def test_a_run_resumed_with_more_requests_after_its_last_batch_is_not_finished_before_them(
+    tmp_path: Path, tiny_folder: Folder
+) -> None:
+    path, modules = tmp_path / "saved.ckpt", []
+    for count, callbacks, ckpt_path in ((6, [], None), (4, [SaveBetweenTheHalves(path, 3)], None), (6, [], path)):
+        modules.append(LitEdit(pruned(), str(tiny_folder("llama"))))
+        trainer(tmp_path, *callbacks).fit(
+            modules[-1], datamodule=data(tmp_path, count), ckpt_path=ckpt_path, weights_only=True
+        )
+    assert len(modules[2].journal) == 6
+    assert_same_weights(modules[2].model, modules[0].model)
 
 
 def test_a_checkpoint_holds_the_edited_weights_only(make: Make, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_the_wheel_holds_every_file_of_the_package(names: set[str]) -> None:
         "lit_edit/configs/mose.yaml",
         "lit_edit/configs/models/llama3-8b.yaml",
         "lit_edit/configs/models/llama3-8b/memit.yaml",
+        "lit_edit/configs/presets/rome-identity.yaml",
         "lit_edit/world/data/counterfact.json",
         "lit_edit/world/data/zsre.json",
         "lit_edit/world/data/final_world_intra.json",

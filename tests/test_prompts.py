@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from lit_edit.prompts import CONTEXT_SEEDS, Prompter, Row, check_requests, collate, in_context, sample_contexts
-from lit_edit.requests import EditRequest, RequestError
+from lit_edit.requests import EditRequest, Probe, RequestError
 
 PLACES = [  # prompt, subject
     ("Maria was born in", "Maria"),
@@ -105,6 +106,52 @@ def test_the_first_bad_record_is_found_before_any_edit(tiny) -> None:
     bad = EditRequest("9", "Maria " * 200, "Maria", "x", source="facts.json, record 5")
     with pytest.raises(RequestError, match="record 5, field 'prompt'"):
         check_requests([*requests(), bad], make_workspace(tiny).prompter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "field", "named"),
+    [
+        ("generalization", None, "rephrases[1]", "rephrases[1]"),
+        ("locality", "Oslo", "locality_prompt", "locality_prompt"),
+        ("locality", None, "", "probes[1].prompt"),
+        ("portability", "Oslo", "portability.hop[0].prompt", "portability.hop[0].prompt"),
+    ],
+)
+def test_a_probe_too_long_is_found_by_its_own_field(tiny, kind, target, field, named) -> None:
+    probes = (Probe("locality", "Oslo is"), Probe(kind, "Maria " * 200, target, field=field))
+    bad = EditRequest("9", "Maria lives in", "Maria", "Oslo", probes=probes, source="facts.json, record 5")
+    with pytest.raises(RequestError, match=rf"^facts\.json, record 5, field '{re.escape(named)}': \d+ tokens with its"):
+        check_requests([bad], make_workspace(tiny).prompter)
+
+
+def test_a_prompt_that_nothing_asks_may_be_of_any_length(tiny) -> None:
+    probes = tuple(Probe(kind, "Maria " * 200) for kind in ("generation", "instance"))
+    check_requests([EditRequest("9", "Maria lives in", "Maria", "Oslo", probes=probes)], make_workspace(tiny).prompter)
+
+
+def test_an_answer_without_a_token_is_not_called_the_prompt() -> None:
+    core = Tokenizer(models.WordLevel({"ab cd": 0, "ab": 1, " ef": 2, "<unk>": 3}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("|", "removed")
+    prompter = Prompter(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>"), 16)
+    request = EditRequest("1", "ab|", "ab", "ef", probes=(Probe("locality", "ab", "cd", field="locality_prompt"),))
+    with pytest.raises(RequestError, match="field 'answer to locality_prompt': 'cd' has no token of its own"):
+        check_requests([request], prompter)
+
+
+def test_all_records_that_do_not_fit_are_named_at_once(tiny) -> None:
+    def record(number: int, prompt: str) -> EditRequest:
+        return EditRequest(str(number), prompt, "Maria", "x", source=f"facts.json, record {number}")
+
+    some = [record(1, "Maria is"), record(2, "Maria " * 200), record(3, "Maria was"), record(4, "Maria " * 300)]
+    with pytest.raises(RequestError) as caught:
+        check_requests(some, make_workspace(tiny).prompter)
+    said = str(caught.value)
+    assert said.startswith("2 of 4 records cannot be edited: facts.json, record 2, field 'prompt': ")
+    assert " facts.json, record 4, field 'prompt': " in said
+    with pytest.raises(RequestError) as caught:
+        check_requests([record(n, "Maria " * 200) for n in range(12)], make_workspace(tiny).prompter)
+    assert str(caught.value).endswith("And 2 more.")
+    assert str(caught.value).count("the model takes") == 10
 
 
 def test_a_target_that_shares_its_first_token_with_the_subject_is_refused() -> None:

@@ -11,8 +11,8 @@ from run_examples import taught
 
 from lit_edit import EditRequest
 from lit_edit.prompts import Prompter
-from lit_edit.requests import RequestError
-from lit_edit.review import review, review_table
+from lit_edit.requests import Probe, RequestError
+from lit_edit.review import review, review_line, review_table
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ FACTS = [
     EditRequest("c", "the capital  of France is", "France", "Rome."),
     EditRequest("d", "The capital of Peru is", "Peru", "oslo."),
     EditRequest("e", "Maria was born in", "Maria", "Rome.", relation="P19"),
-    EditRequest("f", "The birthplace of Maria is", "Maria", "Paris.", relation="P19"),
+    EditRequest("f", "The birthplace of Maria is", "Maria", "Paris.", relation="p19 "),
     EditRequest("g", "Maria works in", "Maria", "Paris.", relation="P937"),
 ]
 
@@ -53,6 +53,52 @@ def test_every_request_is_judged_before_the_first_edit(model) -> None:
     assert all(r.target_tokens >= 1 for r in found)
     assert all(r.request.subject.endswith(r.edited_token.strip()) for r in found)
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+
+
+def asking(case_id: str, prompt: str, target: str, *probes: Probe) -> EditRequest:
+    return EditRequest(case_id, f"{prompt} of Peru is", "Peru", target, probes=probes, source=f"f.csv, line {case_id}")
+
+
+def test_a_rephrasing_asks_the_same(model) -> None:
+    net, tokenizer = model
+    facts = [
+        asking("1", "The capital", "Oslo", Probe("generalization", "The seat of Peru is")),
+        asking("2", "The seat", "Rome"),  # the first one's rephrasing
+        asking("3", "The river", "Nile", Probe("generalization", "the  Capital of Peru is")),  # and its prompt
+        asking("4", "The lake", "oslo", Probe("generalization", "The seat of Peru is")),  # the same rephrasing
+    ]
+    found = review(facts, net, Prompter(tokenizer, 128))
+    assert [r.contradicts for r in found] == [(), ("1",), ("1",), ("2",)]
+    assert [r.repeats for r in found] == [None, None, None, "1"]
+
+
+def test_a_prompt_that_another_fact_wants_left_alone_is_flagged(model) -> None:
+    net, tokenizer = model
+    near = [Probe("locality", f"The {what} of Peru is", answer) for what, answer in
+            (("capital", "Lima"), ("river", "nile"), ("lake", None))]  # fmt: skip
+    facts = [
+        asking("1", "The capital", "Oslo"),
+        asking("2", "The mayor", "Ana", *near, Probe("locality", "The mayor of Peru is", "Bob")),
+        asking("3", "The river", "Nile"),  # the recorded answer
+        asking("4", "The lake", "Wet"),  # the unedited model's answer is to stay
+        EditRequest("5", "The capital of France is", "France", "Lyon."),
+        asking("6", "The sea", "Salt", Probe("locality", "The capital of France is")),  # it is known: nothing to change
+    ]
+    found = review(facts, net, Prompter(tokenizer, 128))
+    assert found[4].known
+    assert [r.disturbs for r in found] == [("2",), (), (), ("2",), (), ()]
+    line = review_line(found, most=1)
+    assert line.startswith("6 facts to write (0 rephrasings, 5 locality probes): 1 already known, 0 given twice, 0 con")
+    assert line.endswith(
+        ", 2 against a locality probe of another ('The capital of Peru is' of f.csv, line 1 is to stay as it is for "
+        "f.csv, line 2; and 1 more, see --dry_run)."
+    )
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(review_table(found))
+    text = " ".join(console.export_text().split())
+    assert "6 facts to write (0 rephrasings, 5 locality probes)" in text
+    assert "2 against a locality probe of another" in text
+    assert "disturbs 2" in text
 
 
 def test_the_probability_is_that_of_the_whole_target(model) -> None:

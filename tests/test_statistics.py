@@ -88,19 +88,21 @@ def hooks(model: nn.Module) -> int:
 
 
 def keys_one_by_one(model: LlamaForCausalLM, tokenizer, texts: list[str], length: int) -> dict[str, list[Tensor]]:
-    """Every key from its own unpadded forward pass, by hand: gate, up, product."""
+    """Every key from an unpadded forward pass of its own sequence, by hand: gate, up, product."""
     model.eval()
     found: dict[str, list[Tensor]] = {"layers.0": [], "layers.1": []}
     for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"][:length]])
-        for i, block in enumerate(model.model.layers):
-            seen: list[Tensor] = []
-            handle = block.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-            with torch.no_grad():
-                model(ids)
-                handle.remove()
-                x = seen[0][0]
-                found[f"layers.{i}"] += list(block.mlp.act_fn(block.mlp.gate_proj(x)) * block.mlp.up_proj(x))
+        whole = tokenizer(text)["input_ids"]
+        for start in range(0, len(whole), length):
+            ids = torch.tensor([whole[start : start + length]])
+            for i, block in enumerate(model.model.layers):
+                seen: list[Tensor] = []
+                handle = block.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+                with torch.no_grad():
+                    model(ids)
+                    handle.remove()
+                    x = seen[0][0]
+                    found[f"layers.{i}"] += list(block.mlp.act_fn(block.mlp.gate_proj(x)) * block.mlp.up_proj(x))
     return found
 
 
@@ -188,6 +190,20 @@ def test_it_stops_at_max_tokens_and_reads_no_further(model, tokenizer, texts) ->
     stacked = torch.stack(keys["layers.1"][:50]).double()
     torch.testing.assert_close(found["layers.1"], stacked.T @ stacked / 50, rtol=1e-5, atol=1e-9)
     assert len(read) < len(texts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_nothing_of_a_long_text_is_left_out(model, tokenizer, texts, batch_size: int) -> None:
+    long = [" ".join(texts * 2), *texts[:3], " ".join(texts)]
+    number = sum(len(tokenizer(text)["input_ids"]) for text in long)
+    assert number > 20 * P
+    found = collect_covariances(
+        model, tokenizer, long, projections(model), max_tokens=number, sequence_length=9, batch_size=batch_size
+    )
+    for name, keys in keys_one_by_one(model, tokenizer, long, 9).items():
+        assert len(keys) == number
+        stacked = torch.stack(keys).double()
+        torch.testing.assert_close(found[name], stacked.T @ stacked / number, rtol=1e-5, atol=1e-9)
 
 
 def test_texts_without_tokens_are_passed_over(model, tokenizer, texts) -> None:
@@ -301,6 +317,47 @@ def test_model_fingerprint_of_tied_transposed_and_large_parameters() -> None:
     assert model_fingerprint(large) != reference
 
 
+def formerly_sampled(shape: tuple[int, int]) -> torch.Tensor:
+    """The columns of a matrix that a sample of every n-th value meets, n the least that leaves 65,536."""
+    stride = -(-shape[0] * shape[1] // 65_536)
+    return torch.arange(0, shape[0] * shape[1], stride) % shape[1]
+
+
+@pytest.mark.parametrize("shape", [(256, 1024), (64, 4096), (512, 384)])
+def test_model_fingerprint_sees_a_change_of_rank_one_in_other_columns(shape: tuple[int, int]) -> None:
+    linear = nn.Linear(shape[1], shape[0], bias=False)
+    reference = model_fingerprint(linear)
+    key = torch.randn(shape[1], generator=torch.Generator().manual_seed(0))
+    key[formerly_sampled(shape)] = 0
+    assert 0.4 * shape[1] < int((key != 0).sum()) < shape[1]
+    with torch.no_grad():
+        linear.weight.add_(torch.outer(torch.ones(shape[0]), key))
+    assert model_fingerprint(linear) != reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(300, 301), (7,), (3, 5, 11), ()])
+def test_model_fingerprint_sees_every_single_value(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    holder = nn.Module()
+    holder.weight = nn.Parameter(torch.ones(shape, dtype=dtype))
+    reference = model_fingerprint(holder)
+    for index in {0, 1, holder.weight.numel() // 2, holder.weight.numel() - 1}:
+        if index < holder.weight.numel():
+            with torch.no_grad():
+                holder.weight.view(-1)[index] = 1.5
+                assert model_fingerprint(holder) != reference
+                holder.weight.view(-1)[index] = 1.0
+    assert model_fingerprint(holder) == reference
+
+
+def test_model_fingerprint_does_not_depend_on_where_a_value_lies_in_memory() -> None:
+    plain, shifted = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    room = torch.zeros(10)
+    room[1:] = plain.weight.detach().reshape(-1)
+    shifted.weight = nn.Parameter(room[1:].view(3, 3))
+    assert model_fingerprint(shifted) == model_fingerprint(plain)
+
+
 def test_tokenizer_fingerprint_forgets_how_it_was_called(tokenizer) -> None:
     reference = tokenizer_fingerprint(tokenizer)
     tokenizer("w1 w2 w3", truncation=True, max_length=2)
@@ -374,7 +431,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         ({"n_tokens": 1}, "n_tokens: found 900, expected 1"),
         ({"sequence_length": 1}, "sequence_length: found 256, expected 1"),
         ({"dtype": "float32"}, "dtype: found 'float64', expected 'float32'"),
-        ({"format_version": 1}, "format_version: found 2, expected 1"),
+        ({"format_version": 2}, "format_version: found 3, expected 2"),
         ({"texts_sha256": "x"}, f"texts_sha256: found '{'u' * 64}', expected 'x'"),
         ({"kind": "gradient"}, "kind: found 'key_covariance', expected 'gradient'"),
     ],

@@ -45,7 +45,7 @@ def test_fit_finds_what_was_collected(options: list[str], tmp_path: Path, capsys
     assert "There are no covariances of transformer.h.1.mlp.c_proj.weight, transformer.h.2.mlp." in said
     assert "collect them with `python train.py statistics` and the options of this run" in said
 
-    runs = len(list((tmp_path / "memit").iterdir()))
+    runs = len(list(tmp_path.glob("memit/*")))
     assert main(["statistics", *options]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^Key covariances of '.*' over 700 tokens of the corpus '.*corpus.*', in the order of the", said)
@@ -55,7 +55,7 @@ def test_fit_finds_what_was_collected(options: list[str], tmp_path: Path, capsys
     kept = files(tmp_path)
     assert len(kept) == 2
     assert all(f"cache/{name}" in said for name in kept)
-    assert len(list((tmp_path / "memit").iterdir())) == runs  # none was begun
+    assert len(list(tmp_path.glob("memit/*"))) == runs  # none was begun
 
     assert main(["fit", *options, without]) == 0
     capsys.readouterr()
@@ -101,6 +101,18 @@ def test_a_small_corpus_is_said_to_be_small(options: list[str], capsys: Said) ->
     assert re.search(r"1 +│ 40 +│ 48 +│ 0.8 +│ [1-4]\d +│ inf", said)
     assert main(["statistics", *options, "--model.corpus_tokens=1000000"]) == 0
     assert re.search(r"^The corpus has no more than [\d,]+ tokens\.$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_corpus_of_one_long_text_is_counted_to_its_end(options: list[str], tmp_path: Path, capsys: Said) -> None:
+    corpus = tmp_path / "long.txt"
+    corpus.write_text(" ".join(write_corpus(tmp_path).read_text(encoding="utf-8").split()), encoding="utf-8")
+    number = len(tiny_model("gpt2")[1](corpus.read_text(encoding="utf-8"), verbose=False)["input_ids"])
+    assert number > 10 * 128
+    given = [*options, "--model.corpus", str(corpus), "--model.corpus_tokens=1000000"]
+    assert main(["statistics", *given]) == 0
+    said = capsys.readouterr().out
+    assert f"\n{number:,} tokens counted in all" in said
+    assert f"\nThe corpus has no more than {number:,} tokens.\n" in said
 
 
 def test_after_ctrl_c_the_same_command_goes_on(

@@ -21,6 +21,7 @@ from lit_edit.solvers import ROME
 from lit_edit.statistics import (
     StatisticsError,
     StatisticsHeader,
+    WeightGradient,
     collect_gradients,
     covariances,
     gradients,
@@ -41,11 +42,17 @@ def modules(model: Any) -> dict[str, nn.Module]:
 
 
 def reference(model: Any, tokenizer: Any, length: int, most: int = 10_000) -> dict[str, Tensor]:
-    """∇G (d, p) by ordinary backpropagation, text after text, each without padding."""
+    """∇G (d, p) by ordinary backpropagation, sequence after sequence, each without padding."""
     sums = {f"layer {i}": torch.zeros_like(matrix_of(model, i), dtype=torch.float64) for i in (1, 2)}
     predicted = 0
+    first = [0] if model.config.model_type == "llama" else []  # BOS, at the start of each sequence
+    room = length - len(first)
+    sequences = []
     for text in TEXTS:
-        ids = tokenizer(text)["input_ids"][:length][:most]
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        sequences += [first + own[i : i + room] for i in range(0, max(len(own), 1), room)]
+    for sequence in sequences:
+        ids = sequence[:most]
         most -= len(ids)
         if len(ids) < 2:
             continue
@@ -146,6 +153,34 @@ def test_what_cannot_be_collected_is_an_error_and_leaves_no_hook() -> None:
     with pytest.raises(StatisticsError, match="gradient of module 'layer 1' holds values that are not finite"):
         collect_gradients(model, tokenizer, TEXTS, modules(model), sequence_length=64)
     assert hooks_left(model) == 0
+
+
+def test_the_metric_is_the_mean_over_all_that_was_added_in_whatever_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    g, x = torch.randn(2, 9, 3, generator=generator), torch.randn(2, 9, 5, generator=generator)
+    first, second = WeightGradient(3, 5), WeightGradient(3, 5)
+    first.update(g[:, :4], x[:, :4], 3)
+    second.update(g[0, 4:], x[0, 4:], 0)
+    second.update(g[1, 4:], x[1, 4:], 4)
+    first.merge_state(second)
+    expected = sum(torch.outer(a, b) for a, b in zip(g.reshape(-1, 3).double(), x.reshape(-1, 5).double(), strict=True))
+    torch.testing.assert_close(first.compute(), expected / 7)
+    with pytest.raises(ValueError, match=r"of 3 rows and 5 columns, slopes of shape \(2, 9, 3\) do not fit inputs of"):
+        first.update(g, x[:, :4], 1)
+    with pytest.raises(ValueError, match="at least one row and one column, got 0 and 5"):
+        WeightGradient(0, 5)
+    nothing = WeightGradient(3, 5)
+    nothing.update(g, x, 0)
+    with pytest.raises(ValueError, match="no gradient of a mean over no summand"):
+        nothing.compute()
+
+
+def test_the_metrics_example_holds() -> None:
+    import doctest
+
+    import lit_edit.statistics.gradient
+
+    assert doctest.testmod(lit_edit.statistics.gradient) == (0, 3)
 
 
 # As a file

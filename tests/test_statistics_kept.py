@@ -18,6 +18,7 @@ from editing_references import hooks_left, projection_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import tiny_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from lit_edit.statistics import (
@@ -30,7 +31,8 @@ from lit_edit.statistics import (
     collect_covariances,
     corpus_sha256,
 )
-from lit_edit.statistics.collecting import spoken
+from lit_edit.statistics.collecting import sequences_of, spoken
+from lit_edit.statistics.files import Partial
 
 WORDS = "the capital of France is Paris and Maria was born in Oslo where snow falls all winter long".split()
 each_kind = pytest.mark.parametrize("kind", [KEY_COVARIANCES, GRADIENTS], ids=lambda kind: kind.name)
@@ -221,8 +223,6 @@ def asked_hash(asked: Asked, kind: Kind) -> str | None:
 
 @each_kind
 def test_sums_are_saved_after_so_many_tokens(kind: Kind, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_edit.statistics.files import Partial
-
     saved: list[int] = []
     save = Partial.save
     monkeypatch.setattr(Partial, "save", lambda self, sums, at: (saved.append(at.tokens), save(self, sums, at)))
@@ -266,7 +266,9 @@ def test_ctrl_c_takes_effect_between_batches(kind: Kind, asked: Asked, loaded: t
     assert hooks_left(loaded[0]) == 0
     statistics = asked(kind)
     with safe_open(statistics.partial().path, "pt") as file:
-        assert json.loads(file.metadata()["position"])["texts"] >= 12  # the third batch counts
+        position = json.loads(file.metadata()["position"])
+    taken = [len(ids) for text in TEXTS for ids in sequences_of(loaded[1], text, 16)][:12]
+    assert position["tokens"] == sum(taken)  # the third batch counts
     torch.testing.assert_close(statistics.get(batch_size=4), whole, rtol=0, atol=0)
 
 
@@ -393,15 +395,80 @@ def test_a_model_in_bfloat16_gives_nearly_what_it_gives_in_float32(family: str) 
 # Several processes
 
 
+def with_bos() -> tuple[Any, Any]:
+    return tiny_model("llama")
+
+
+def pieces(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
+    """The sequences of texts, by hand: BOS, which this tokenizer adds, at the start of each."""
+    found = []
+    for text in texts:
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found += [[0, *own[i : i + length - 1]] for i in range(0, max(len(own), 1), length - 1)]
+    return found
+
+
+@pytest.mark.parametrize("length", [2, 5, 16, 400])
+def test_a_long_text_is_several_sequences_each_with_what_the_tokenizer_adds(length: int) -> None:
+    _, tokenizer = with_bos()
+    for text in (*TEXTS[:9], " ".join(TEXTS)):
+        assert sequences_of(tokenizer, text, length) == pieces(tokenizer, [text], length)
+        tokenizer.truncation_side = "left"
+        assert sequences_of(tokenizer, text, length) == pieces(tokenizer, [text], length)
+
+
+def test_what_stands_at_both_ends_stands_at_both_ends_of_each_sequence() -> None:
+    _, tokenizer = with_bos()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    text = " ".join(TEXTS[:5])
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(own) > 20
+    expected = [[0, *own[i : i + 4], 1] for i in range(0, len(own), 4)]
+    assert sequences_of(tokenizer, text, 6) == expected
+    assert sequences_of(tokenizer, "", 6) == [[0, 1]]
+    with pytest.raises(StatisticsError, match="sequence_length is 2, and the tokenizer adds 2 tokens to each text"):
+        sequences_of(tokenizer, text, 2)
+
+
+@each_kind
+@pytest.mark.parametrize("cut_after", [1, 2, 4])
+def test_a_collection_cut_within_a_text_goes_on_within_it(kind: Kind, cut_after: int, asked: Asked) -> None:
+    texts = [TEXTS[1], " ".join(TEXTS[:30]), "", " ".join(TEXTS[30:])]
+    whole = asked(kind, folder="whole", texts=texts).get(batch_size=3)
+    statistics = asked(kind, texts=texts)
+    seen, save = [0], Partial.save
+
+    def stop(self: Partial, sums: Any, position: Any) -> None:
+        save(self, sums, position)
+        seen[0] += 1
+        if seen[0] == cut_after:
+            assert position.sequences > 0  # in the middle of a text
+            assert position.texts_sha256 == corpus_sha256(texts[: position.texts])
+            raise Break
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Partial, "save", stop)
+        with pytest.raises(Break):
+            statistics.get(batch_size=3, save_every=1)
+    again = asked(kind, texts=texts)
+    torch.testing.assert_close(again.get(batch_size=3), whole, rtol=0, atol=0)
+    ended = asked(kind, folder="whole", texts=texts)
+    ended.get(may_collect=False)
+    assert again.headers == ended.headers
+    assert ended.headers["layer 1"].texts_sha256 == corpus_sha256(texts)
+
+
 def shards(number: int, loaded: tuple[Any, Any]) -> list[KeyCovariance]:
-    """The keys of layer 1 over every number-th text, a metric each."""
+    """The keys of layer 1 over every number-th sequence, a metric each."""
     model, tokenizer = loaded
     metrics = [KeyCovariance(48) for _ in range(number)]
-    for i, text in enumerate(t for t in TEXTS if t):
+    for i, ids in enumerate(ids for text in TEXTS for ids in sequences_of(tokenizer, text, 16)):
         seen: list[Tensor] = []
         handle = projection_of(model, 1).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
-            model(**tokenizer(text, truncation=True, max_length=16, return_tensors="pt"))
+            model(input_ids=torch.tensor([ids]))
         handle.remove()
         metrics[i % number].update(seen[0])
     return metrics
@@ -423,28 +490,59 @@ def test_shards_add_up_to_the_whole(loaded: tuple[Any, Any]) -> None:
     halves = [
         collect_covariances(model, tokenizer, TEXTS[i::2], modules, sequence_length=16)["layer 1"] for i in (0, 1)
     ]
-    counts = [sum(len(tokenizer(t)["input_ids"][:16]) for t in TEXTS[i::2]) for i in (0, 1)]
+    counts = [sum(len(tokenizer(t)["input_ids"]) for t in TEXTS[i::2]) for i in (0, 1)]
     merged = sum(half * count for half, count in zip(halves, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(merged, whole, rtol=1e-4, atol=1e-7)
 
 
-def count_keys(rank: int, store: str, out: str) -> None:
-    """What each of two processes does: half of the keys."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    metric = KeyCovariance(6)
-    metric.update(keys[:13] if rank == 0 else keys[13:])
-    torch.save({"c": metric.compute(), "own": int(metric.count)}, f"{out}-{rank}")
+def collect_shared(rank: int, world: int, store: str, out: str) -> None:
+    """What each of some processes does: its share of the batches, the files by the first of them."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model, tokenizer = tiny_model("gpt2")
+    modules: dict[str, nn.Module] = {f"layer {i}": projection_of(model, i) for i in (1, 2)}
+    found: dict[str, Tensor] = {}
+    # Many batches; and fewer than processes, so that one of them has nothing to run.
+    for kind, most, size in ((KEY_COVARIANCES, 500, 2), (GRADIENTS, 500, 2), (KEY_COVARIANCES, 490, 1000)):
+        asked = Statistics(
+            kind, model, tokenizer, TEXTS, "own", modules, f"{out}-cache", sequence_length=16, max_tokens=most
+        )
+        passes = [0]
+        handle = model.transformer.wte.register_forward_hook(lambda *_, p=passes: p.__setitem__(0, p[0] + 1))
+        for name, matrix in asked.get(batch_size=size).items():
+            found[f"{kind.name}, {most}, {name}"] = matrix
+        handle.remove()
+        found[f"passes, {kind.name}, {most}"] = torch.tensor(passes[0])
+        assert not asked.missing()
+    torch.save(found, f"{out}-{rank}")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_reduce_to_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:The key covariance was counted over")
+def test_two_processes_share_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    torch.multiprocessing.spawn(count_keys, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
-    keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).double()
-    for rank, own in ((0, 13), (1, 27)):
-        found = torch.load(tmp_path / f"out-{rank}", weights_only=True)
-        assert found["own"] == own
-        torch.testing.assert_close(found["c"], keys.T @ keys / 40)
+    torch.multiprocessing.spawn(collect_shared, (2, str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    model, tokenizer = tiny_model("gpt2")
+    modules: dict[str, nn.Module] = {f"layer {i}": projection_of(model, i) for i in (1, 2)}
+    shares = [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in (0, 1)]
+    for kind, most, size in ((KEY_COVARIANCES, 500, 2), (GRADIENTS, 500, 2), (KEY_COVARIANCES, 490, 1000)):
+        alone = Statistics(
+            kind, model, tokenizer, TEXTS, "own", modules, tmp_path / "alone", sequence_length=16, max_tokens=most
+        )
+        kept = Statistics(
+            kind, model, tokenizer, TEXTS, "own", modules, tmp_path / "out-cache", sequence_length=16, max_tokens=most
+        )
+        read = kept.get(may_collect=False)
+        for name, matrix in alone.get(batch_size=size).items():
+            torch.testing.assert_close(read[name], matrix, rtol=1e-10, atol=1e-12)
+            for share in shares:
+                torch.testing.assert_close(share[f"{kind.name}, {most}, {name}"], read[name], rtol=0, atol=0)
+        assert kept.headers == alone.headers
+        passes = [int(share[f"passes, {kind.name}, {most}"]) for share in shares]
+        if size == 1000:
+            assert passes == [1, 0]
+        else:
+            assert min(passes) > 5
+            assert abs(passes[0] - passes[1]) <= 1

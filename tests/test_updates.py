@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from lit_edit.updates import Additive, KeyRotation, LowRank, Rotation, Update
+from lit_edit.updates import Additive, BlockKeyRotation, KeyRotation, LowRank, Rotation, Update
 
-D, P, N = 12, 30, 4
+D, P, N, BLOCKS = 12, 30, 4, 5
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -20,6 +20,7 @@ def updates() -> list[Update]:
         Additive(normal(D, P, seed=2)),
         Rotation(torch.linalg.qr(normal(D, D, seed=3)).Q),
         KeyRotation(torch.linalg.qr(normal(P, P, seed=4)).Q),
+        BlockKeyRotation(torch.linalg.qr(normal(BLOCKS, P // BLOCKS, P // BLOCKS, seed=5)).Q),
     ]
 
 
@@ -27,7 +28,7 @@ each_update = pytest.mark.parametrize("update", updates(), ids=lambda u: type(u)
 
 
 def test_what_each_update_does() -> None:
-    weight, (low_rank, additive, rotation, key_rotation) = normal(D, P, seed=9), updates()
+    weight, (low_rank, additive, rotation, key_rotation, _) = normal(D, P, seed=9), updates()
     torch.testing.assert_close(low_rank.delta(weight), low_rank.left @ low_rank.right)
     torch.testing.assert_close(additive.delta(weight), additive.change)
     torch.testing.assert_close(weight + rotation.delta(weight), rotation.q @ weight)
@@ -106,7 +107,7 @@ def test_from_state_dict_names_what_it_does_not_know() -> None:
 
 
 def test_norms() -> None:
-    low_rank, additive, rotation, key_rotation = updates()
+    low_rank, additive, rotation, key_rotation, _ = updates()
     weight = torch.zeros(D, P)
     assert low_rank.norm == pytest.approx(float(low_rank.delta(weight).norm()), rel=1e-12)
     assert additive.norm == pytest.approx(float(additive.change.norm()), rel=1e-12)
@@ -138,6 +139,13 @@ def test_more_columns_than_keys() -> None:
         (lambda: Rotation(1.001 * torch.eye(2)), r"2x2 matrix of a rotation is not orthogonal.* by 2.0e-03"),
         (lambda: KeyRotation(torch.ones(2, 3)), r"A key rotation must be square, got shape \(2, 3\)"),
         (lambda: KeyRotation(1.001 * torch.eye(2)), r"2x2 matrix of a key rotation is not orthogonal.* by 2.0e-03"),
+        (lambda: BlockKeyRotation(torch.eye(2)), r"blocks of a key rotation must be a stack of matrices.* \(2, 2\)"),
+        (lambda: BlockKeyRotation(torch.ones(4, 2, 3)), r"must be square, got shape \(4, 2, 3\)"),
+        (lambda: BlockKeyRotation(torch.full((1, 2, 2), math.nan)), "holds values that are not finite"),
+        (
+            lambda: BlockKeyRotation(torch.stack([torch.eye(2), 1.001 * torch.eye(2), torch.eye(2)])),
+            r"Block 1 of 3 of a key rotation is not orthogonal.* by 2.0e-03",
+        ),
     ],
 )
 def test_bad_updates_are_refused(make, message: str) -> None:
@@ -146,10 +154,59 @@ def test_bad_updates_are_refused(make, message: str) -> None:
 
 
 @each_update
-@pytest.mark.parametrize("method", ["delta", "apply_", "undo_"])
+@pytest.mark.parametrize("method", ["delta", "apply_", "write_", "undo_"])
 def test_a_weight_of_another_shape_is_refused(update: Update, method: str) -> None:
     with pytest.raises(ValueError, match=r"(12, 30|size 12|size 30).* does not fit a weight of shape \(30, 12\)"):
         getattr(update, method)(torch.zeros(P, D))
+
+
+def test_blocks_are_the_rotation_they_stand_for() -> None:
+    blocks = updates()[-1]
+    assert isinstance(blocks, BlockKeyRotation)
+    dense, weight = KeyRotation(torch.block_diag(*blocks.key_blocks)), normal(D, P, seed=9)
+    torch.testing.assert_close(blocks.delta(weight), dense.delta(weight), rtol=0, atol=1e-13)
+    assert blocks.norm == pytest.approx(dense.norm, rel=1e-12)
+    assert sum(tensor.numel() for tensor in blocks.state_dict().values()) == P * P // BLOCKS
+    one = BlockKeyRotation(torch.linalg.qr(normal(1, P, P, seed=4)).Q)
+    torch.testing.assert_close(one.delta(weight), KeyRotation(one.key_blocks[0]).delta(weight))
+
+
+def test_a_rotation_by_a_multiple_of_its_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"size 30, in 5 blocks, does not fit a weight of shape \(12, 36\)"):
+        updates()[-1].delta(torch.zeros(D, P + 6))
+
+
+@each_update
+def test_writing_says_how_large_the_change_is_and_computes_it_once(
+    update: Update, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = normal(D, P, seed=9).to(torch.float32)
+    delta, weight, other = update.delta(before), before.clone(), before.clone()
+    computed: list[int] = []
+
+    def counted(self: Update, weight: Tensor) -> Tensor:
+        computed.append(1)
+        return delta
+
+    monkeypatch.setattr(type(update), "delta", counted)
+    relative, rounding = update.write_(weight)
+    assert computed == [1]
+    assert relative == pytest.approx(float(delta.norm() / before.double().norm()), rel=1e-12)
+    assert rounding == update.apply_(other) > 0
+    assert torch.equal(weight, other)
+
+
+def test_writing_to_a_weight_of_zeros() -> None:
+    assert Additive(torch.ones(2, 3)).write_(torch.zeros(2, 3)) == (math.inf, 0.0)
+    assert Additive(torch.zeros(2, 3)).write_(torch.zeros(2, 3)) == (0.0, 0.0)
+
+
+def test_the_rank_is_never_below_the_changes_own() -> None:
+    weight = normal(D, P, seed=9)
+    for update in updates():
+        assert int(torch.linalg.matrix_rank(update.delta(weight))) <= update.rank(weight) <= D
+    assert [update.rank(weight) for update in updates()] == [N, D, D, D, D]
+    assert LowRank(normal(3, 9), normal(9, 5)).rank(torch.zeros(3, 5)) == 3
 
 
 def test_overflow_leaves_the_weight_alone() -> None:

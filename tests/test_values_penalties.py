@@ -43,7 +43,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def ground(edits: int = 3, batch: int = 1, layer: str = "h", seed: int = 0) -> Ground:
     original = random(D, P, seed=seed)
     total = random(D, edits, seed=seed + 1) @ random(edits, P, seed=seed + 2)
-    return Ground(original + total, original, random(D, P, seed=seed + 3), edits, edits, batch, layer)
+    return Ground(original + total, original, random(D, P, seed=seed + 3), edits, edits, 0, layer, batch)
 
 
 def formula(layer: Ground, change: Tensor, settings: OEdit) -> Tensor:
@@ -52,7 +52,7 @@ def formula(layer: Ground, change: Tensor, settings: OEdit) -> Tensor:
     assert layer.gradient is not None
     taken = torch.linalg.svd(layer.weight.double() - layer.original.double()).U[:, : layer.edits_here]
     share = settings.implicit.share
-    leading = torch.linalg.svd(layer.gradient).U[:, : int(share * (layer.edits_here + layer.batch))]
+    leading = torch.linalg.svd(layer.gradient).U[:, : int(share * (layer.edits_here + layer.batch_here))]
     leading = leading - taken @ (taken.T @ leading)
     total = change.new_zeros(())
     for weight, vectors in ((settings.past_weight, taken), (settings.implicit_weight, leading)):
@@ -188,6 +188,7 @@ def grounds(workspace: Workspace, edits: int = 2, batch: int = 1) -> dict[int, G
             edits,
             batch,
             part.name,
+            batch,
         )
         for part in workspace.architecture.layers
     }
@@ -320,7 +321,7 @@ def test_an_editor_hands_penalties_their_layers_as_edited_so_far(
         assert changed(before, workspace.model) == set()
         assert hooks_left(workspace.model) == 0
         editor.apply(workspace, plan)
-    assert [(g.edits_here, g.edits, g.batch) for (g,) in seen] == [(0, 0, 1), (1, 1, 1), (2, 2, 1)]
+    assert [(g.edits_here, g.edits, g.batch_here) for (g,) in seen] == [(0, 0, 1), (1, 1, 1), (2, 2, 1)]
     last = workspace.architecture[layers[-1]]  # the last edited layer's subspaces stand for a block's value
     for (g,) in seen:
         assert g.layer == last.name

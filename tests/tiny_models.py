@@ -31,6 +31,12 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": _GROUPED | {"head_dim": 8},
     "gemma2": _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
     "gemma3_text": _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
+    "gemma3": {
+        "text_config": _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2}
+        | {"image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
     "olmo2": _GROUPED,
     "phi": _GROUPED,
     "phi3": _GROUPED,
@@ -68,6 +74,9 @@ def tiny_config(family: str, vocabulary: int) -> Any:
     common: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     if family == "gpt2":
         return GPT2Config(n_embd=32, n_layer=4, n_head=4, n_inner=48, n_positions=128, initializer_range=0.2, **common)
+    if family == "gemma3":  # what concerns text stands apart, and its vision has more layers than its text
+        parts = OTHER_FAMILIES[family]
+        return AutoConfig.for_model(family, **parts | {"text_config": parts["text_config"] | common})
     if family not in FAMILIES:
         return AutoConfig.for_model(family, **common, **OTHER_FAMILIES[family])
     kind, inner = {"llama": (LlamaConfig, 32), "qwen2": (Qwen2Config, 48)}[family]

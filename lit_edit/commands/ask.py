@@ -16,10 +16,11 @@ from torch import nn
 from lit_edit.commands.options import Parser
 from lit_edit.commands.runs import EditedRun
 from lit_edit.datamodules import FactsDataModule
+from lit_edit.datamodules.base import OnBadRecord
 from lit_edit.evaluation import greedy, score_targets
 from lit_edit.loading import EMBEDDED, load_model
 from lit_edit.prompts import Prompter
-from lit_edit.requests import EditRequest
+from lit_edit.requests import EditRequest, RequestError
 
 SUMMARY = "Ask the model before and after its edits, and show which facts hold."
 
@@ -117,10 +118,32 @@ def parser() -> Parser:
     )
     options.add_argument("--facts", type=Path, metavar="FILE", help="facts to ask for: a file as FactsDataModule reads")
     options.add_argument(
+        "--on_bad_record",
+        choices=("raise", "skip"),
+        help="what to do with facts of the file that cannot be edited: skip leaves them out and says so (default: what "
+        "the run did; raise with --model)",
+    )
+    options.add_argument(
         "--max_new_tokens", type=int, default=12, help="length of the answers to prompts (default: %(default)s)"
     )
     options.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     return options
+
+
+def _facts(path: Path | None, on_bad_record: OnBadRecord) -> list[EditRequest]:
+    """The facts of a file; none without one.
+
+    Raises:
+        lit_edit.requests.RequestError: as `FactsDataModule` says, with the options of this command.
+    """
+    if path is None:
+        return []
+    data = FactsDataModule(str(path), on_bad_record=on_bad_record)
+    try:
+        data.setup("fit")
+    except RequestError as error:
+        raise RequestError(str(error).replace("--data.on_bad_record", "--on_bad_record")) from None
+    return data.requests
 
 
 def _check_device(name: str) -> None:
@@ -145,11 +168,8 @@ def main(args: Sequence[str] | None = None) -> int:
         raise ValueError("ask: which model? Either --run runs/mose/version_0 or --model edited-model.")
     if given.max_new_tokens < 1:
         raise ValueError(f"ask: --max_new_tokens is {given.max_new_tokens}; it must be at least 1.")
-    facts: list[EditRequest] = []
-    if given.facts is not None:
-        data = FactsDataModule(str(given.facts))
-        data.setup("fit")
-        facts = data.requests
+    edited = EditedRun.find(given.run, given.ckpt_path, given.original) if run else None
+    facts = _facts(given.facts, given.on_bad_record or (edited.on_bad_record if edited else "raise"))
     prompts = [prompt for prompt in given.prompts if prompt.strip()]
     if not prompts and not facts:
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
@@ -161,8 +181,7 @@ def main(args: Sequence[str] | None = None) -> int:
     def asked(model: nn.Module, prompter: Prompter) -> Answers:
         return answer(model, prompter, prompts, facts, given.max_new_tokens)
 
-    if run:
-        edited = EditedRun.find(given.run, given.ckpt_path, given.original)
+    if edited is not None:
         model, tokenizer = edited.load()
         model.to(given.device)
         prompter = Prompter.of(model, tokenizer, edited.chat_template)

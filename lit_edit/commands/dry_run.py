@@ -37,12 +37,14 @@ from lit_edit.estimate import (
     time_text,
 )
 from lit_edit.evaluation import LocalityReference, evaluate
-from lit_edit.loading import DTYPES, EMBEDDED, embedded_path
+from lit_edit.loading import DTYPES, EMBEDDED, LoadingError, embedded_path, refuse_quantised
 from lit_edit.module import LitEdit
+from lit_edit.prompts import check_requests
 from lit_edit.requests import EditRequest
 from lit_edit.review import review, review_table
 from lit_edit.session import EditSession, cache_folder, statistics_of
-from lit_edit.statistics import GRADIENTS, KEY_COVARIANCES
+from lit_edit.statistics import GRADIENTS, KEY_COVARIANCES, Statistics, sequences_of
+from lit_edit.statistics.covariance import warn_if_few
 from lit_edit.workspace import Workspace
 
 SAMPLED_TOKENS = 2048  # of the corpus, where its statistics are not there yet
@@ -53,7 +55,7 @@ _GROUP_LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-_RIDGE = 1e-6  # of the mean eigenvalue: makes covariances of few tokens invertible
+_RIDGE = 1e-6  # of the mean eigenvalue: makes covariances of a sample invertible, as those of the whole corpus are
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ def foresee(config: Mapping[str, Any], console: Console) -> Foreseen | None:
         ValueError: if what lasts does not fit into the memory at hand, or settings or data are wrong.
     """
     model, data = config["model"], made(EditDataModule, config["data"])
-    data.setup("fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the run's own data module says the same
+        data.setup("fit")
     family = model.get("family")
     found = skeleton(model["model"], model["dtype"])
     if found is None:
@@ -89,6 +93,7 @@ def foresee(config: Mapping[str, Any], console: Console) -> Foreseen | None:
         return None
     known = None if family is None else Family(**family)
     workspace = Workspace.of(net, tokenizer, family=known, chat_template=bool(model.get("chat_template")))
+    check_requests(data.requests, workspace.prompter)
     need = memory_needed(workspace, made(Editor, model["editor"]), data.requests, data.batch_size)
     device = _device(str((config.get("trainer") or {}).get("accelerator") or "auto"))
     foreseen = Foreseen(need, memory_at_hand(device), "GPU memory" if device.type == "cuda" else "memory")
@@ -109,10 +114,13 @@ def skeleton(name: str, dtype: str) -> tuple[Any, Any] | None:
         return None
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        refuse_quantised(name, config)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except LoadingError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError):
         return None
     hollow: dict[int, nn.Parameter] = {}  # a tied weight stays one
     for module in model.modules():
@@ -186,10 +194,12 @@ def rehearse(
         console: where to print.
 
     Raises:
-        ValueError: for everything that would end the run before its first edit.
+        ValueError: for everything that would end the run before its first edit, and at the first if the corpus has too
+            few tokens for the method.
     """
     data.setup("fit")
     requests, size = data.requests, data.batch_size
+    check_requests(requests, module.prompter)
     model = module.model.to(device)
     console.print(review_table(review(requests, model, module.prompter)))
     console.print()
@@ -225,11 +235,17 @@ def _prepared(
     """A session as the run would have it, and the seconds until its first edit.
 
     Statistics that are not there yet are taken over a few tokens only, and their time is scaled to the tokens asked
-    for. They are good enough to see how long an edit takes, not for the edit itself.
+    for. They are good enough to see how long an edit takes, not for the edit itself. Covariances that will be singular
+    are left so: methods that invert them refuse them here as they would in the run.
+
+    Raises:
+        ValueError: as the session says; or if statistics are missing and may not be collected.
     """
     corpus = load_corpus(module.corpus)
     cache = cache_folder() if module.cache_dir is None else Path(module.cache_dir)
     missing = _missing(module, corpus, cache)
+    if missing and not module.collect_statistics:
+        missing[0].get(may_collect=False)
     with tempfile.TemporaryDirectory() as nowhere, warnings.catch_warnings():
         if missing:
             warnings.simplefilter("ignore", UserWarning)  # that the tokens are few
@@ -251,16 +267,20 @@ def _prepared(
         length = min(256, session.workspace.prompter.max_length)
         wanted = _tokens(module.tokenizer, corpus, module.corpus_tokens, length)
         preparing["statistics"] *= max(1.0, wanted / min(wanted, SAMPLED_TOKENS))
-        for covariance in session.workspace.covariances.values():
-            covariance.diagonal().add_(_RIDGE * covariance.diagonal().mean())
+        found = {part.name: session.workspace.covariances.get(part.index) for part in session.editable}
+        covariances = {name: covariance for name, covariance in found.items() if covariance is not None}
+        warn_if_few({name: len(covariance) for name, covariance in covariances.items()}, wanted, stacklevel=2)
+        for covariance in covariances.values():
+            if wanted > max(SAMPLED_TOKENS, len(covariance)):
+                covariance.diagonal().add_(_RIDGE * covariance.diagonal().mean())
     began = time.perf_counter()
     session.check(requests, batch_size)
     preparing["checks"] = time.perf_counter() - began
     return session, preparing
 
 
-def _missing(module: LitEdit, corpus: Corpus, cache: Path) -> bool:
-    """Whether statistics that the editor needs have not been collected yet."""
+def _missing(module: LitEdit, corpus: Corpus, cache: Path) -> list[Statistics]:
+    """What the editor needs and has not been collected yet, or not for every layer."""
     editor = module.editor
     kinds = [KEY_COVARIANCES] if editor.needs_covariances else []
     kinds += [GRADIENTS] if editor.needs_gradients else []
@@ -269,14 +289,14 @@ def _missing(module: LitEdit, corpus: Corpus, cache: Path) -> bool:
     asked = (
         statistics_of(kind, workspace, layers, corpus, module.corpus, module.corpus_tokens, cache) for kind in kinds
     )
-    return any(statistics.missing() for statistics in asked)
+    return [statistics for statistics in asked if statistics.missing()]
 
 
 def _tokens(tokenizer: Any, texts: Iterable[str], most: int, length: int) -> int:
     """Tokens that a collection over these texts reads."""
     total = 0
     for text in texts:
-        total += len(tokenizer(text, truncation=True, max_length=length)["input_ids"])
+        total += sum(map(len, sequences_of(tokenizer, text, length)))
         if total >= most:
             return most
     return total

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.configuration import read_config
+from lit_edit.datamodules.base import OnBadRecord
 from lit_edit.loading import EMBEDDED, load_model
 from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.results import ResultsError, read_results
@@ -31,6 +32,7 @@ class EditedRun:
         checkpoint: the file with the edited weights.
         method: for people; empty if not known.
         chat_template: whether prompts are put into the tokenizer's chat template.
+        on_bad_record: what the run did with facts that cannot be edited.
     """
 
     model: str
@@ -38,6 +40,7 @@ class EditedRun:
     checkpoint: Path
     method: str = ""
     chat_template: bool = False
+    on_bad_record: OnBadRecord = "raise"
 
     @classmethod
     def find(cls, run: Path | None, checkpoint: Path | None, model: str | None = None) -> EditedRun:
@@ -65,7 +68,15 @@ class EditedRun:
             raise ValueError(f"There is no checkpoint at {checkpoint}: name one with --ckpt_path.")
         named = model or settings.get("model", EMBEDDED)
         in_chat = bool(settings.get("chat_template", False))
-        return cls(named, settings.get("dtype", "float32"), checkpoint, _method(folder), in_chat)
+        skips = ((config.get("data") or {}).get("init_args") or {}).get("on_bad_record") == "skip"
+        return cls(
+            named,
+            settings.get("dtype", "float32"),
+            checkpoint,
+            _method(folder),
+            in_chat,
+            "skip" if skips else "raise",
+        )
 
     def load(self) -> tuple[nn.Module, Any]:
         """The model before the first edit, and its tokenizer.

@@ -31,7 +31,10 @@ covariances C = E[k k^T] of the layers that the editor may edit, and the gradien
 editor needs it. What is there already is not collected again; each layer has a file of its own.
 
 Ctrl-C, or an error of the network, leaves a file with the sums so far: the same command goes on from there, and ends
-with the very numbers of a run that was not interrupted."""
+with the very numbers of a run that was not interrupted. A text longer than a sequence is read as several, to its end.
+
+The command is one process. In a program of your own that has initialised torch.distributed, the processes share the
+work: lit_edit.statistics.collect_covariances and collect_gradients say how."""
 
 _EPILOG = """\
 Every other option is one of `fit`, see `train.py fit --help`:
@@ -59,7 +62,7 @@ def parser() -> Parser:
     )
     options.add_argument("--gradients", action="store_true", help="the gradient, too, whatever the editor needs")
     options.add_argument(
-        "--batch_size", type=int, metavar="N", help="texts in a forward pass (default: 16; 4 with a backward pass)"
+        "--batch_size", type=int, metavar="N", help="sequences in a forward pass (default: 16; 4 with a backward pass)"
     )
     options.add_argument(
         "--save_every", type=int, metavar="TOKENS", help="save the sums so often (default: every five minutes)"

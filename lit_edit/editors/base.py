@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_edit.requests import EditRequest
+from lit_edit.restraints import Restraint
 from lit_edit.updates import Update
 from lit_edit.workspace import Workspace
 
@@ -20,14 +21,13 @@ class Applied:
 
     layer: int
     update: Update
-    relative_change: float  # ‖W_new − W‖_F / ‖W‖_F
+    relative_change: float  # ‖ΔW‖_F / ‖W‖_F
     rounding: float = 0.0  # what the weight's dtype took of it, see `Update.apply_`
 
     @classmethod
     def write(cls, layer: int, update: Update, weight: Tensor) -> Applied:
         """Applies an update to a layer's weight (d, p) in place."""
-        relative = float(update.delta(weight).norm() / weight.double().norm())
-        return cls(layer, update, relative, update.apply_(weight))
+        return cls(layer, update, *update.write_(weight))
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,12 @@ class Editor(ABC):
 
     `plan` is the gradient half (run by ``training_step``), `apply` the closed-form half (``on_train_batch_end``).
     Between runs an editor holds only what `state_dict` returns.
+
+    Attributes:
+        restraints: what is done to updates, or to their sum; editors whose updates are not added have none.
     """
+
+    restraints: Sequence[Restraint] = ()
 
     @abstractmethod
     def editable_layers(self, workspace: Workspace) -> list[int]:
@@ -90,7 +95,10 @@ class Editor(ABC):
 
     @abstractmethod
     def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
-        """The closed-form half: changes the model's weights in place and says how."""
+        """The closed-form half: changes the model's weights in place and says how.
+
+        Where it ends in an error, weights and state are as they were.
+        """
 
     def finish(self, workspace: Workspace) -> list[Applied]:
         """What remains to be done to the weights when no more edits follow. A second call in a row does nothing."""

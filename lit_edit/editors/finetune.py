@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lit_edit.editors.base import Applied, Editor, Plan
+from lit_edit.editors.writing import RestrainedWriting
 from lit_edit.requests import EditRequest
+from lit_edit.restraints import Restraint, Source
 from lit_edit.trials import edit_batch, last_token_nll, logits_with, target_nll, target_probability
 from lit_edit.updates import Additive
 from lit_edit.values import ElasticNet
@@ -39,9 +41,11 @@ class FineTune(Editor):
             None leaves it free.
         elastic_net: a penalty on the change of each weight since before the batch; None leaves it out.
         weight_decay: Adam's (an L2 term on the weight, not on its change).
+        restraints: what is done to every update of a weight, or to the sum of them, in this order. The updates are of
+            full rank.
 
     Raises:
-        ValueError: for numbers out of range or an unknown objective.
+        ValueError: for numbers out of range, an unknown objective, or restraints that do not work on such updates.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class FineTune(Editor):
         norm_constraint: float | None = None,
         elastic_net: ElasticNet | None = None,
         weight_decay: float = 0.0,
+        restraints: list[Restraint] | None = None,
     ) -> None:
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"Fine-tuning needs distinct layers and at least one, not {layers}.")
@@ -68,6 +73,8 @@ class FineTune(Editor):
         self.layers, self.lr, self.steps, self.stop_loss = sorted(layers), lr, steps, stop_loss
         self.objective, self.norm_constraint = objective, norm_constraint
         self.elastic_net, self.weight_decay = elastic_net, weight_decay
+        self.writing = RestrainedWriting(restraints, Source(type(self).__name__, dense=True))
+        self.restraints = self.writing.restraints
 
     def editable_layers(self, workspace: Workspace) -> list[int]:
         """The layers themselves."""
@@ -78,6 +85,16 @@ class FineTune(Editor):
     def needs_covariances(self) -> bool:
         """No."""
         return False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """As the restraints say."""
+        return self.writing.needs_gradients
+
+    @property
+    def needs_originals(self) -> bool:
+        """As the restraints say."""
+        return self.writing.needs_originals
 
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
         """Trains copies of the weights; the plan's data are their changes (d, p) by layer."""
@@ -118,13 +135,27 @@ class FineTune(Editor):
 
     @torch.no_grad()
     def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
-        """Adds the changes to the weights."""
+        """Adds the changes to the weights, restrained."""
         changes: dict[int, Tensor] = plan.data
-        with workspace.stopwatch.measure("write"):
-            return [
-                Applied.write(layer, Additive(change), workspace.architecture[layer].weight)
-                for layer, change in changes.items()
-            ]
+
+        def change(layer: int) -> Additive:
+            with workspace.stopwatch.measure("write"):
+                return Additive(changes[layer])
+
+        return self.writing.apply(workspace, plan, self.layers, change)
+
+    @torch.no_grad()
+    def finish(self, workspace: Workspace) -> list[Applied]:
+        """What restraints do once, at the end."""
+        return self.writing.finish(workspace, self.layers)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """How many requests were applied, see `RestrainedWriting.state_dict`."""
+        return self.writing.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave."""
+        self.writing.load_state_dict(state)
 
 
 def _working_copy(weight: Tensor) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lit_edit.editors.base import Applied, Editor, Plan
+from lit_edit.editors.writing import RestrainedWriting
 from lit_edit.keys import KeyAverage, MeanKey, compute_keys
 from lit_edit.layers import LayerPolicy
 from lit_edit.requests import EditRequest
-from lit_edit.restraints import Ground, Restraint
+from lit_edit.restraints import Restraint, Source
 from lit_edit.solvers import Problem, Solver
+from lit_edit.updates import Update
 from lit_edit.values import ValueOptimizer, ValueProblem, Values, block_outputs
 from lit_edit.workspace import Workspace
 
@@ -53,9 +56,8 @@ class LocateThenEdit(Editor):
         if contexts < 0 or context_length < 1:
             raise ValueError("An editor needs contexts >= 0 and context_length >= 1.")
         layers.check(values)
-        self.restraints = list(restraints or [])
-        for restraint in self.restraints:
-            restraint.check(solver)
+        self.writing = RestrainedWriting(restraints, Source(type(solver).__name__, additive=solver.additive))
+        self.restraints = self.writing.restraints
         for penalty in values.penalties:
             penalty.check(solver)
         if value_keys is not None and not solver.mixes_keys:
@@ -67,8 +69,6 @@ class LocateThenEdit(Editor):
         self.keys = keys if keys is not None else MeanKey()
         self._contexts = (contexts, context_length)
         self.memory: dict[int, Tensor] = {}  # per layer (p, m): keys of past edits
-        self.edits = 0  # requests applied
-        self._finished_at = 0
 
     @property
     def context_sampling(self) -> tuple[int, int]:
@@ -83,12 +83,12 @@ class LocateThenEdit(Editor):
     @property
     def needs_gradients(self) -> bool:
         """As the restraints and the values' penalties say."""
-        return any(r.needs_gradient for r in self.restraints) or any(p.needs_gradient for p in self.values.penalties)
+        return self.writing.needs_gradients or any(penalty.needs_gradient for penalty in self.values.penalties)
 
     @property
     def needs_originals(self) -> bool:
         """As the restraints and the values' penalties say."""
-        return any(r.needs_original for r in self.restraints) or any(p.needs_original for p in self.values.penalties)
+        return self.writing.needs_originals or any(penalty.needs_original for penalty in self.values.penalties)
 
     def check(self, workspace: Workspace, batch_size: int) -> None:
         """Refuses a batch size or a covariance that the solver cannot take."""
@@ -112,44 +112,43 @@ class LocateThenEdit(Editor):
         with workspace.stopwatch.measure("values"):
             grounds = None
             if self.values.penalties:
-                layers = sorted({layer for problem in problems for layer in problem.layers})
-                grounds = {layer: self._ground(workspace, layer, len(requests)) for layer in layers}
+                here = Counter(layer for choice in choices for layer in choice.layers)
+                grounds = {
+                    layer: self.writing.ground(workspace, layer, len(requests), here[layer])
+                    for layer in sorted({layer for problem in problems for layer in problem.layers})
+                }
             values = self.values.optimise(workspace, requests, problems, self.value_keys or self.keys, grounds=grounds)
         return Plan(list(requests), [c.layers for c in choices], values.loss, values.probability, values.steps, values)
 
     @torch.no_grad()
     def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
-        """Solves and applies layer by layer; remembers the keys afterwards, then restrains the sum of all updates."""
-        watch, values = workspace.stopwatch, plan.data
-        applied: list[Applied] = []
-        used: dict[int, Tensor] = {}
-        for layer in sorted({layer for layers in plan.layers for layer in layers}):
+        """Solves and applies layer by layer, then restrains the sum of all updates; remembers the keys."""
+        watch = workspace.stopwatch
+        memory: dict[int, Tensor] = {}
+
+        def solved(layer: int) -> Update:
             mine = [i for i, layers in enumerate(plan.layers) if layer in layers]
-            part = workspace.architecture[layer]
             with watch.measure("keys"):
-                problem, used[layer] = self._problem(workspace, plan, values, layer, mine)
+                problem, keys = self._problem(workspace, plan, plan.data, layer, mine)
             with watch.measure("solve"):
                 update = self.solver.solve(problem)
-            with watch.measure("restrain"):
-                for restraint in self.restraints:
-                    update = restraint.restrain(update, self._ground(workspace, layer, len(plan.requests)))
-            with watch.measure("write"):
-                applied.append(Applied.write(layer, update, part.weight))
-        with watch.measure("restrain"):
-            applied += self._restrain_totals(workspace, len(plan.requests))
-        for layer, keys in used.items():
             past = self.memory.get(layer)
-            self.memory[layer] = keys if past is None else torch.cat([past, keys], dim=1)
-        self.edits += len(plan.requests)
+            memory[layer] = keys if past is None else torch.cat([past, keys], dim=1)
+            return update
+
+        carried = self.solver.state_dict()
+        try:
+            applied = self.writing.apply(workspace, plan, self.editable_layers(workspace), solved)
+        except BaseException:  # what it has solved was not written
+            self.solver.load_state_dict(carried)
+            raise
+        self.memory |= memory
         return applied
 
     @torch.no_grad()
     def finish(self, workspace: Workspace) -> list[Applied]:
         """What restraints do once, at the end."""
-        if self._finished_at == self.edits:
-            return []
-        self._finished_at = self.edits
-        return self._restrain_totals(workspace, 0)
+        return self.writing.finish(workspace, self.editable_layers(workspace))
 
     def _problem(
         self, workspace: Workspace, plan: Plan, values: Values, layer: int, mine: list[int]
@@ -177,29 +176,6 @@ class LocateThenEdit(Editor):
         )
         return problem, keys
 
-    def _ground(self, workspace: Workspace, layer: int, batch: int) -> Ground:
-        part, memory = workspace.architecture[layer], self.memory.get(layer)
-        return Ground(
-            part.weight,
-            original=workspace.originals.get(layer),
-            gradient=workspace.gradients.get(layer),
-            edits_here=0 if memory is None else memory.shape[1],
-            edits=self.edits,
-            batch=batch,
-            layer=part.name,
-        )
-
-    def _restrain_totals(self, workspace: Workspace, batch: int) -> list[Applied]:
-        """Lets every restraint work on the sum of a layer's updates; ``batch`` is 0 at the end of a run."""
-        applied = []
-        for layer in self.editable_layers(workspace) if self.restraints else ():
-            weight = workspace.architecture[layer].weight
-            for restraint in self.restraints:
-                update = restraint.total(self._ground(workspace, layer, batch), last=not batch)
-                if update is not None:
-                    applied.append(Applied.write(layer, update, weight))
-        return applied
-
     def _share(self, workspace: Workspace, plan: Plan, values: Values, layer: int, mine: list[int]) -> Tensor:
         """What this layer adds of the residual at each request's last block: (d, n)."""
         last = [plan.layers[i][-1] for i in mine]
@@ -211,14 +187,14 @@ class LocateThenEdit(Editor):
         return torch.stack(columns, dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The remembered keys, how many requests were applied, and had been at the end of a run, the solver's own."""
-        counts = {"edits": torch.tensor(self.edits), "finished_at": torch.tensor(self._finished_at)}
+        """The remembered keys, how many requests were applied (`RestrainedWriting.state_dict`), the solver's own."""
         memory = {f"memory.{layer}": keys for layer, keys in self.memory.items()}
-        return counts | memory | {f"solver.{name}": tensor for name, tensor in self.solver.state_dict().items()}
+        own = {f"solver.{name}": tensor for name, tensor in self.solver.state_dict().items()}
+        return self.writing.state_dict() | memory | own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` gave."""
-        self.edits, self._finished_at = int(state["edits"]), int(state["finished_at"])
+        self.writing.load_state_dict(state)
         self.memory = {
             int(name.removeprefix("memory.")): keys for name, keys in state.items() if name.startswith("memory.")
         }

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lit_edit.editors.base import Applied, Editor, Plan
+from lit_edit.editors.writing import RestrainedWriting
 from lit_edit.hypernetworks import HyperNetwork, HyperNetworkError, gradient_factors
 from lit_edit.requests import EditRequest
+from lit_edit.restraints import Restraint, Source
 from lit_edit.statistics import model_fingerprint
 from lit_edit.trials import Factors, edit_batch, low_rank_change, target_nll, target_probability
 from lit_edit.updates import LowRank
@@ -24,12 +27,17 @@ class MEND(Editor):
     Args:
         hypernetwork: ``embedded`` for that of the embedded model, or a folder or file written by
             `lit_edit.mend_training`.
+        restraints: what is done to every update of a weight, or to the sum of them, in this order. An update's rank is
+            the number of tokens of the batch, not of its requests.
 
     Raises:
         HyperNetworkError: if there is none; the message says how to train one.
+        ValueError: if the restraints do not go together.
     """
 
-    def __init__(self, hypernetwork: str = "embedded") -> None:
+    def __init__(self, hypernetwork: str = "embedded", restraints: list[Restraint] | None = None) -> None:
+        self.writing = RestrainedWriting(restraints, Source(type(self).__name__))
+        self.restraints = self.writing.restraints
         self.hypernetwork = hypernetwork
         self.network, self.header = HyperNetwork.load(hypernetwork)
 
@@ -42,6 +50,16 @@ class MEND(Editor):
     def needs_covariances(self) -> bool:
         """No."""
         return False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """As the restraints say."""
+        return self.writing.needs_gradients
+
+    @property
+    def needs_originals(self) -> bool:
+        """As the restraints say."""
+        return self.writing.needs_originals
 
     def check(self, workspace: Workspace, batch_size: int) -> None:
         """Refuses a model other than the one that the hyper-network was trained for."""
@@ -76,10 +94,24 @@ class MEND(Editor):
 
     @torch.no_grad()
     def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
-        """Writes the change of every layer."""
+        """Writes the change of every layer, restrained."""
         changes: dict[int, Factors] = plan.data
-        with workspace.stopwatch.measure("write"):
-            return [
-                Applied.write(layer, LowRank(*change), workspace.architecture[layer].weight)
-                for layer, change in changes.items()
-            ]
+
+        def change(layer: int) -> LowRank:
+            with workspace.stopwatch.measure("write"):
+                return LowRank(*changes[layer])
+
+        return self.writing.apply(workspace, plan, self.network.layers, change)
+
+    @torch.no_grad()
+    def finish(self, workspace: Workspace) -> list[Applied]:
+        """What restraints do once, at the end."""
+        return self.writing.finish(workspace, self.network.layers)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """How many requests were applied, see `RestrainedWriting.state_dict`."""
+        return self.writing.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave."""
+        self.writing.load_state_dict(state)

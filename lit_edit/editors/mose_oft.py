@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from lit_edit.editors.base import Applied, Editor, Plan
+from lit_edit.editors.writing import all_or_nothing
 from lit_edit.requests import EditRequest
+from lit_edit.restraints import Restraint, Source, check_restraints
 from lit_edit.trials import edit_batch, logits_with, target_nll, target_probability
-from lit_edit.updates import KeyRotation
+from lit_edit.updates import BlockKeyRotation
 from lit_edit.workspace import Workspace
 
 
@@ -45,14 +47,22 @@ class MoseOFT(Editor):
         steps: of Adam; all are taken.
         radius: ``ε`` of constrained OFT: before every forward pass each ``X_i (b, b)`` is shortened to
             ``‖X_i‖_F ≤ ε b² / √blocks``, as released (1e-5). It binds on narrow models only. None leaves it out.
+        restraints: none: a rotation that was restrained would no longer be one.
 
     Raises:
-        ValueError: for numbers out of range.
+        ValueError: for numbers out of range, or if there are restraints.
     """
 
     def __init__(
-        self, layers: list[int], blocks: int = 4, lr: float = 5e-4, steps: int = 25, radius: float | None = 1e-5
+        self,
+        layers: list[int],
+        blocks: int = 4,
+        lr: float = 5e-4,
+        steps: int = 25,
+        radius: float | None = 1e-5,
+        restraints: list[Restraint] | None = None,
     ) -> None:
+        check_restraints(restraints or [], Source(type(self).__name__, additive=False))
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"MOSE-OFT needs distinct layers and at least one, not {layers}.")
         if not (blocks >= 1 and lr > 0 and steps >= 1):
@@ -119,13 +129,8 @@ class MoseOFT(Editor):
     def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
         """Turns the weights; the Cayley map is computed anew in float64."""
         parameters: dict[int, Tensor] = plan.data
-        with workspace.stopwatch.measure("write"):
-            return [
-                Applied.write(
-                    layer, KeyRotation(torch.block_diag(*cayley(x.double()))), workspace.architecture[layer].weight
-                )
-                for layer, x in parameters.items()
-            ]
+        with workspace.stopwatch.measure("write"), all_or_nothing(workspace) as write:
+            return [write(layer, BlockKeyRotation(cayley(x.double()))) for layer, x in parameters.items()]
 
 
 def _turned(weight: Tensor, blocks: Tensor) -> Tensor:

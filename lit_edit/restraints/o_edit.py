@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lit_edit.restraints.base import Ground, Restraint
+from lit_edit.restraints.base import Ground, Restraint, Source
 from lit_edit.subspaces import ImplicitKnowledge, cleaned, orthonormal, without, written_basis
 from lit_edit.updates import Additive, LowRank, Update
 
@@ -21,10 +22,17 @@ class OEditPlus(Restraint):
 
     ``V_r (d, r)`` is a basis of the column space of all edits in the layer so far, so that ``ΔW_iᵀ ΔW_j = 0`` for any
     two batches of edits. ``V_q (d, q)`` are the ``q = ⌊gradient_share · edits⌋`` leading left singular vectors of the
-    gradient of the language-model loss on text, the batch's own edits counted, without their part in ``V_r``.
+    gradient of the language-model loss on text, without their part in ``V_r``; edits are those in the layer, the
+    batch's own included.
 
-    Both spaces only grow: with ``n`` edits about ``(1 + gradient_share) n`` of the ``d`` directions are taken. When all
-    are, there is nothing left that an update could be written to, and `restrain` says so.
+    Both spaces only grow: with ``n`` edits about ``(1 + gradient_share) n`` of the ``d`` directions are taken, and
+    ``(m + gradient_share) n`` by an editor whose updates have rank ``m`` (MEND: one per token). When all are, there is
+    nothing left that an update could be written to, and `restrain` says so.
+
+    An update of full rank takes all directions at once. Where updates are (`FineTune`, or `RECT` working on them
+    before), the second could be orthogonal to the first only by being zero; this is refused, and goes with
+    ``past: false`` only, which does not promise it. `RECT` working afterwards would bring updates back into either
+    space, and is always refused.
 
     Args:
         gradient_share: ``λ3``. Published: 2.5 on ROME; on MEMIT 2 (Mistral-7B) and 1 (Llama3-8B). 0 leaves implicit
@@ -56,6 +64,25 @@ class OEditPlus(Restraint):
         self.needs_original = past
         self.needs_gradient = gradient_share > 0
 
+    def check(self, source: Source, before: Sequence[Restraint] = (), after: Sequence[Restraint] = ()) -> None:
+        """Refuses updates that are of full rank, unless earlier edits are left out, and what undoes the projection."""
+        super().check(source, before, after)
+        spreading = [type(restraint).__name__ for restraint in before if restraint.spreads]
+        if self.past and (source.dense or spreading):
+            full = " after ".join([*reversed(spreading), source.name])
+            raise ValueError(
+                f"O-Edit+ keeps updates out of the column space of all edits so far, and an update by {full} has full "
+                "rank: the first one fills the whole space. Set `past: false` to project out of the gradient's "
+                "directions alone, or leave one of the two out."
+            )
+        for restraint in after:
+            if restraint.spreads:
+                raise ValueError(
+                    f"{type(restraint).__name__} after O-Edit+ changes single entries of an update and brings it back "
+                    "into the spaces that O-Edit+ has projected it out of. Leave one of the two out, or put O-Edit+ "
+                    "last with `past: false`."
+                )
+
     @torch.no_grad()
     def restrain(self, update: Update, ground: Ground) -> Update:
         """The update's part outside of both spaces; a low-rank update stays one.
@@ -83,9 +110,9 @@ class OEditPlus(Restraint):
         past = ground.weight.new_zeros((len(ground.weight), 0), dtype=torch.float64)
         implicit = past
         if self.past:
-            past = written(ground)
+            past = written(ground, ground.rank_here)
         if self.needs_gradient:
-            implicit = self.implicit.directions(ground.gradient, ground.edits_here + ground.batch, ground.layer)
+            implicit = self.implicit.directions(ground.gradient, ground.edits_here + ground.batch_here, ground.layer)
             if self.cleaning != "none":
                 implicit = cleaned(implicit, past)
             if self.cleaning == "orthonormal":
@@ -93,12 +120,17 @@ class OEditPlus(Restraint):
         return past, implicit
 
 
-def written(ground: Ground) -> Tensor:
+def written(ground: Ground, rank: int | None = None) -> Tensor:
     """``V_r (d, r)`` of a layer (see `written_basis`).
+
+    Args:
+        ground: the layer.
+        rank: what the rank of all edits so far is at most; one per request if None, the leading directions where they
+            are more.
 
     Raises:
         ValueError: if its weight before the first edit was not kept.
     """
     if ground.original is None:
         raise ValueError(f"The weight of layer {ground.layer!r} before the first edit was not kept (originals).")
-    return written_basis(ground.weight, ground.original, ground.edits_here)
+    return written_basis(ground.weight, ground.original, ground.edits_here if rank is None else rank)

@@ -80,7 +80,7 @@ class PRUNE(Restraint):
         if torch.equal(weight, original):
             return None
         largest = singular_values(original)[0]
-        u, sigma, vt = svd_of_rank(weight - original, ground.edits_here + ground.batch, _NEGLIGIBLE * float(largest))
+        u, sigma, vt = svd_of_rank(weight - original, self._rank(ground), _NEGLIGIBLE * float(largest))
         cut = self.restrained(sigma, largest) - sigma
         rank = int((cut < 0).sum())  # descending, and what is cut stands in front
         return LowRank(left=u[:, :rank] * cut[:rank], right=vt[:rank]) if rank else None
@@ -97,6 +97,11 @@ class PRUNE(Restraint):
         else:
             pruned = sigma / self.beta + (1 - 1 / self.beta) * largest
         return torch.where(sigma > largest, torch.minimum(pruned, sigma), sigma)
+
+    @staticmethod
+    def _rank(ground: Ground) -> int:
+        """What to try first; `svd_of_rank` finds out where the rank is higher."""
+        return ground.edits_here + ground.batch_here if ground.rank_here is None else ground.rank_here
 
     def _due(self, ground: Ground, last: bool) -> bool:
         if self.every_n is None:

@@ -17,6 +17,10 @@ class RECT(Restraint):
     infinitely large in proportion and no change is none. Among equals the larger ``|ΔW|`` goes first, then the entry
     that comes first, row by row.
 
+    What is kept is in general of full rank, whatever the update was, and lies in other directions than its columns.
+    Hence nothing stays orthogonal to the edits so far: beside `OEditPlus` it is refused, except before one that leaves
+    these out (``past: false``). Unless all entries are kept, of course.
+
     Args:
         keep: the share of entries kept, above 0 and at most 1: 0.2 in the paper, 0.4 in a widely used toolkit. 1 leaves
             every update as it is.
@@ -29,6 +33,7 @@ class RECT(Restraint):
         if not 0 < keep <= 1:
             raise ValueError(f"RECT keeps a share of the entries above 0 and at most 1, not {keep}.")
         self.keep = keep
+        self.spreads = keep < 1
 
     @torch.no_grad()
     def restrain(self, update: Update, ground: Ground) -> Update:

@@ -3,7 +3,7 @@
 Each is kept in checked files, and used again only for what it was made from.
 """
 
-from lit_edit.statistics.collecting import spoken
+from lit_edit.statistics.collecting import sequences_of, spoken
 from lit_edit.statistics.covariance import ENOUGH, KeyCovariance, collect_covariances
 from lit_edit.statistics.files import (
     COMMAND,
@@ -19,7 +19,7 @@ from lit_edit.statistics.files import (
     save_gradients,
     tokenizer_fingerprint,
 )
-from lit_edit.statistics.gradient import collect_gradients
+from lit_edit.statistics.gradient import WeightGradient, collect_gradients
 from lit_edit.statistics.kept import GRADIENTS, KEY_COVARIANCES, Statistics, covariances, gradients
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Statistics",
     "StatisticsError",
     "StatisticsHeader",
+    "WeightGradient",
     "collect_covariances",
     "collect_gradients",
     "corpus_sha256",
@@ -43,6 +44,7 @@ __all__ = [
     "model_fingerprint",
     "save_covariances",
     "save_gradients",
+    "sequences_of",
     "spoken",
     "tokenizer_fingerprint",
 ]

@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torchmetrics import Metric
 from tqdm.auto import tqdm
 
 from lit_edit.statistics.files import Partial, Position, StatisticsError, TextsHash
@@ -30,12 +31,19 @@ _SAVE_SHARE = 0.05
 
 
 class Collector(ABC):
-    """What is summed up over the tokens of a corpus, for some modules of a model."""
+    """What is summed up over the tokens of a corpus, for some modules of a model: a metric for each.
 
+    The metrics are those of torchmetrics whose states are sums: where `torch.distributed` runs, they are taken over all
+    its processes when the statistics are computed.
+    """
+
+    device = torch.device("cpu")
     label: str  # what is collected, as a person reads it
+    empty: str  # what to say of a corpus in which nothing counts
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.names = tuple(modules)
+        self.metrics: dict[str, Metric] = {}
         self.summands = 0
 
     @abstractmethod
@@ -53,20 +61,68 @@ class Collector(ABC):
         """
 
     @abstractmethod
-    def sums(self) -> dict[str, Tensor]:
-        """The sums so far, in float64, by the name of the module."""
+    def metric(self, shape: tuple[int, ...]) -> Metric:
+        """A metric that has counted nothing, for sums of a shape."""
 
     @abstractmethod
+    def total(self, metric: Metric) -> Tensor:
+        """The sum that a metric of this collector has, as it can be added to."""
+
+    def sums(self) -> dict[str, Tensor]:
+        """The sums so far, in float64, by the name of the module; empty before anything was counted."""
+        return {name: self.total(self.metrics[name]) for name in self.names if name in self.metrics}
+
     def restore(self, sums: Mapping[str, Tensor], summands: int, device: torch.device) -> None:
         """Goes on from sums that were taken before."""
+        self.summands = summands
+        for name in self.names:
+            metric: Any = self.metric(tuple(sums[name].shape)).to(device)
+            self.total(metric).copy_(sums[name])
+            metric.count += summands
+            self.metrics[name] = metric
 
-    @abstractmethod
     def results(self) -> dict[str, Tensor]:
         """The statistics in float64 by the name of the module, once the corpus is read; the sums are given up.
+
+        Where `torch.distributed` runs, those of all processes together, the same in each of them.
 
         Raises:
             StatisticsError: if nothing was counted or the statistics are not finite.
         """
+        shapes = {name: tuple(total.shape) for name, total in self.sums().items()}
+        counted = gathered((self.summands, shapes))
+        self.summands = sum(summands for summands, _ in counted)
+        if not self.summands:
+            raise StatisticsError(self.empty)
+        known = {name: shape for _, others in counted for name, shape in others.items()}
+        # One by one: the sums of a large model take as much memory as what comes of them.
+        return {name: self._result(name, known[name]) for name in self.names}
+
+    def _result(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        metric = self.metrics.pop(name, None)
+        if metric is None:  # this process had no batch
+            metric = self.metric(shape).to(self.device)
+        found: Tensor = metric.compute()
+        if not torch.isfinite(found.sum()):
+            raise StatisticsError(f"The {self.label.lower()} of module {name!r} holds values that are not finite.")
+        return found
+
+
+def processes() -> tuple[int, int]:
+    """Which of how many processes of `torch.distributed` this is; (0, 1) where it does not run."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def gathered(own: Any) -> list[Any]:
+    """What each of the processes gives, in their order."""
+    number = processes()[1]
+    if number == 1:
+        return [own]
+    found: list[Any] = [None] * number
+    distributed.all_gather_object(found, own)
+    return found
 
 
 @dataclass(frozen=True)
@@ -103,7 +159,9 @@ class Pace:
         for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        longest = getattr(text, "max_position_embeddings", None)
         if longest is not None and self.sequence_length > longest:
             raise StatisticsError(
                 f"sequence_length is {self.sequence_length}, the model takes {longest} tokens at most."
@@ -135,6 +193,14 @@ def collect(
     on from there: over the same texts, in batches of the same size, the result is the same to the last bit. The first
     Ctrl-C takes effect between two batches, a second one at once.
 
+    A text with more tokens than a sequence takes is several sequences, one after the other, the last as long as it
+    comes; nothing is left out. What the tokenizer adds to a text, BOS or EOS, it adds to each of them, and it counts as
+    part of their length.
+
+    Where `torch.distributed` runs, all processes read the whole corpus, and each runs the model over its share of the
+    batches: process r of n over the batches r, r + n, ... All get the same result, that of one process up to the order
+    of summation. The sums are then not saved along the way, and a file with them is passed over.
+
     Args:
         model: a causal language model of ``transformers``, or a module called in the same way. It runs in evaluation
             mode and is left as it was.
@@ -156,13 +222,16 @@ def collect(
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
     stream, digest, position = iter(texts), TextsHash(), Position()
+    if processes()[1] > 1:
+        partial = None  # processes are interrupted at different batches
     collector = collector_class(modules)
+    collector.device = device
     try:
         model.eval()
         found = partial.load() if partial is not None else None
         if partial is not None and found is not None:
             sums, position = found
-            _skip(stream, digest, position, partial)
+            stream = _skip(stream, digest, position, partial)
             collector.restore(sums, position.summands, device)
         position = _loop(model, tokenizer, stream, digest, position, collector, pace, partial)
         return collector.results(), position
@@ -187,25 +256,28 @@ def _loop(
     saved, saved_at, saving = position.tokens, time.monotonic(), 0.0
     started, first = time.monotonic(), position.tokens
     whole = True  # no batch is half counted
+    rank, others = processes()
     bar = tqdm(
         total=pace.max_tokens,
         initial=first,
         unit="token",
         unit_scale=True,
         desc=collector.label,
-        disable=not pace.progress,
+        disable=not pace.progress or rank > 0,
     )
     with bar, interrupts(held=partial is not None) as let_through:
         try:
-            for number, (rows, used) in enumerate(_batches(tokenizer, stream, pace, position.tokens), start=1):
+            batches = _batches(tokenizer, stream, pace, position)
+            for number, (rows, used, sequences) in enumerate(batches, start=1):
                 let_through()
-                ids, mask = _pad(rows, device)
                 whole = False
-                collector.add(model, ids, mask)
+                if (number - 1) % others == rank:
+                    collector.add(model, *_pad(rows, device))
                 digest.add(used)
                 tokens = sum(map(len, rows))
                 position = Position(
                     texts=position.texts + len(used),
+                    sequences=sequences,
                     tokens=position.tokens + tokens,
                     texts_sha256=digest.hexdigest(),
                     summands=collector.summands,
@@ -213,7 +285,7 @@ def _loop(
                 whole = True
                 bar.update(tokens)
                 seconds = time.monotonic() - started
-                if number == 2 and pace.notify is not None:
+                if number == 2 * others and pace.notify is not None:
                     _announce(collector.label, position.tokens - first, seconds, position.tokens, pace)
                 if partial is None:
                     continue
@@ -249,14 +321,26 @@ def spoken(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _skip(stream: Iterator[str], digest: TextsHash, position: Position, partial: Partial) -> None:
-    """Passes over the texts that were counted before, and makes sure that they are those."""
-    digest.add(islice(stream, position.texts))
+def _skip(stream: Iterator[str], digest: TextsHash, position: Position, partial: Partial) -> Iterator[str]:
+    """Passes over the texts that were counted before, and makes sure that they are those.
+
+    Returns:
+        The texts to come, from the last of those on if more sequences of it are.
+    """
+    last: list[str] = []
+
+    def counted() -> Iterator[str]:
+        for text in islice(stream, position.texts):
+            last[:] = [text]
+            yield text
+
+    digest.add(counted())
     if digest.hexdigest() != position.texts_sha256:
         raise StatisticsError(
             f"The corpus does not begin with the {position.texts} texts that an interrupted collection has counted: "
             f"delete {partial.path} to begin again."
         )
+    return chain(last, stream) if position.sequences else stream
 
 
 @contextmanager
@@ -288,13 +372,23 @@ def interrupts(held: bool) -> Iterator[Callable[[], None]]:
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], pace: Pace, counted: int
-) -> Iterator[tuple[list[list[int]], list[str]]]:
-    """Batches of token ids of one text each, cut to length, until ``max_tokens`` are out, and the texts read for them.
+    tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], pace: Pace, position: Position
+) -> Iterator[tuple[list[list[int]], list[str], int]]:
+    """Batches of sequences of token ids, until ``max_tokens`` are out.
 
     Texts without tokens are passed over.
+
+    Args:
+        tokenizer: of the model.
+        texts: from the one in which ``position`` is, or the next.
+        pace: how long sequences are, how many make a batch, and when to stop.
+        position: what was counted before.
+
+    Yields:
+        The sequences, the texts read for them that were not begun before, and how many sequences of the last text are
+        out by then; 0 if it is used up.
     """
-    left = pace.max_tokens - counted
+    left, before = pace.max_tokens - position.tokens, position.sequences
     rows: list[list[int]] = []
     used: list[str] = []
     last = 0  # of the texts read, up to the last that gave a token
@@ -302,17 +396,45 @@ def _batches(
         text = next(texts, None)
         if text is None:
             break
-        used.append(text)
-        ids = tokenizer(text, truncation=True, max_length=pace.sequence_length)["input_ids"][:left]
-        if ids:
-            rows.append(ids)
-            left -= len(ids)
+        if not before:
+            used.append(text)
+        found = sequences_of(tokenizer, text, pace.sequence_length)
+        for number, ids in enumerate(found[before:], start=before + 1):
+            rows.append(ids[:left])
+            left -= len(rows[-1])
             last = len(used)
-        if len(rows) == pace.batch_size:
-            yield rows, used
-            rows, used = [], []
+            if len(rows) == pace.batch_size or not left:
+                yield rows, used, number if number < len(found) else 0
+                rows, used, last = [], [], 0
+            if not left:
+                return
+        before = 0
     if rows:
-        yield rows, used[:last]
+        yield rows, used[:last], 0
+
+
+def sequences_of(tokenizer: PreTrainedTokenizerBase, text: str, longest: int) -> list[list[int]]:
+    """The token ids of a text, in sequences of at most so many tokens; none for a text without tokens.
+
+    What the tokenizer adds before and after a text stands before and after each of them.
+
+    Raises:
+        StatisticsError: if the sequences have no room for a token of the text.
+    """
+    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    if len(ids) <= longest:
+        return [ids] if ids else []
+    start = next((i for i, special in enumerate(added) if not special), len(ids))
+    end = next((i for i in range(len(ids), start, -1) if not added[i - 1]), start)
+    head, tail = ids[:start], ids[end:]
+    room = longest - len(head) - len(tail)
+    if room < 1:
+        raise StatisticsError(
+            f"sequence_length is {longest}, and the tokenizer adds {len(head) + len(tail)} tokens to each text: there "
+            "is no room for any of its own."
+        )
+    return [head + ids[i : min(i + room, end)] + tail for i in range(start, end, room)]
 
 
 def _pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -97,9 +97,11 @@ def collect_covariances(
 ) -> dict[str, Tensor]:
     """Run a model over a corpus and collect the covariance of the inputs of some of its modules.
 
-    Each text is one sequence, cut to ``sequence_length`` tokens. Every token counts, special ones included, up to
-    ``max_tokens`` in all. The model runs in evaluation mode and in its own precision, the sums are taken in float64,
-    and the model is left as it was.
+    Each text is one sequence; one of more than ``sequence_length`` tokens is several, one after the other, each with
+    what the tokenizer adds to a text, BOS for one, and none sees the one before. Every token counts, special ones
+    included, up to ``max_tokens`` in all. Where `torch.distributed` runs, the processes share the batches, and all get
+    the covariance over the whole. The model runs in evaluation mode and in its own precision, the sums are taken in
+    float64, and the model is left as it was.
 
     Args:
         model: a causal language model of ``transformers``, or a module called in the same way.
@@ -170,10 +172,10 @@ class KeyCollector(Collector):
     """Forward pre-hooks that feed the inputs of modules to one :class:`KeyCovariance` each."""
 
     label = "Key covariance"
+    empty = "The corpus for the key covariance has no token."
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__(modules)
-        self.metrics: dict[str, KeyCovariance] = {}
         self._seen: list[str] = []
         self._mask: Tensor | None = None
         self._handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
@@ -193,25 +195,16 @@ class KeyCollector(Collector):
             body(input_ids=ids, attention_mask=mask.long(), use_cache=False)
         self.summands += int(mask.sum())
 
-    def sums(self) -> dict[str, Tensor]:
-        """``Σ k kᵀ (p, p)`` by the name of the module."""
-        return {name: self.metrics[name].gram for name in self.names}
+    def metric(self, shape: tuple[int, ...]) -> KeyCovariance:
+        """For ``Σ k kᵀ (p, p)``."""
+        metric = KeyCovariance(shape[0])
+        metric.update(metric.gram[:0])  # torchmetrics warns of what was never updated
+        return metric
 
-    def restore(self, sums: Mapping[str, Tensor], summands: int, device: torch.device) -> None:
-        """Goes on from ``Σ k kᵀ`` over so many keys."""
-        self.summands = summands
-        for name in self.names:
-            metric = KeyCovariance(len(sums[name])).to(device)
-            metric.gram = sums[name].to(metric.gram)
-            metric.count = metric.count + summands
-            self.metrics[name] = metric
-
-    def results(self) -> dict[str, Tensor]:
-        """``C (p, p)`` by the name of the module."""
-        if not self.summands:
-            raise StatisticsError("The corpus for the key covariance has no token.")
-        # Taken out one by one: the sums of a large model need as much memory as the covariances.
-        return {name: self.metrics.pop(name).compute() for name in self.names}
+    def total(self, metric: Metric) -> Tensor:
+        """``Σ k kᵀ (p, p)``."""
+        gram: Tensor = metric.gram  # type: ignore[assignment]
+        return gram
 
     @contextmanager
     def _listening(self, mask: Tensor) -> Iterator[None]:
@@ -247,7 +240,7 @@ class KeyCollector(Collector):
                     f"The input of module {name!r} should be a key for each of {tuple(mask.shape)} tokens, got {found}."
                 )
             if name not in self.metrics:
-                self.metrics[name] = KeyCovariance(keys.shape[-1]).to(keys.device)
+                self.metrics[name] = self.metric((keys.shape[-1],) * 2).to(keys.device)
             self.metrics[name].update(keys.reshape(*mask.shape, keys.shape[-1]), mask)
 
         return read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COMMAND = "python train.py statistics"
 _SAMPLE = 65_536
 _METADATA_KEY = "statistics"
@@ -60,7 +61,8 @@ class StatisticsHeader:
         corpus_sha256: :func:`corpus_sha256` of its texts, or, of a corpus that is not read as a whole, SHA-256 of what
             its texts are drawn from and how.
         max_tokens: the number of tokens asked for.
-        sequence_length: texts were cut to this many tokens.
+        sequence_length: the longest sequence, in tokens; a longer text is several sequences, see
+            :func:`lit_edit.statistics.collect_covariances`.
         n_tokens: the number of tokens counted: fewer than asked for if the corpus ended; ``None`` in a header of what
             is expected, where any number will do.
         texts_sha256: :func:`corpus_sha256` of the texts that were used, up to the last of which a token counted;
@@ -118,16 +120,31 @@ class StatisticsHeader:
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the model's parameters: names, shapes, dtypes and values.
 
-    Of a parameter with more than 65,536 values an evenly strided sample of at most that many counts, which any dense
-    edit or training step changes. The device plays no part; a tied parameter counts once, under its first name.
+    Of the values two things count. One is their sum: all bytes of a parameter, taken as whole numbers of eight bytes,
+    modulo 2⁶⁴. It is exact, so that neither the device nor the number of threads plays a part, and a change of a single
+    value changes it for certain. The other is a sample of at most 65,536 values, evenly strided, the stride having no
+    divisor in common with the length of a row: a sample from a few columns alone would not see a change in the others.
+    A tied parameter counts once, under its first name.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, -(-flat.numel() // _SAMPLE))].cpu().contiguous()
-        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        flat = parameter.detach().contiguous().reshape(-1)
+        stride = max(1, -(-flat.numel() // _SAMPLE))
+        while math.gcd(stride, parameter.shape[-1] if parameter.ndim else 1) != 1:
+            stride += 1
+        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), _sum(flat)]).encode())
+        digest.update(flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sum(flat: Tensor) -> int:
+    """The sum of a tensor's bytes as little-endian numbers of eight bytes, modulo 2⁶⁴; what is left over is added."""
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
+    data = flat.view(torch.uint8)
+    whole = len(data) // 8 * 8
+    left = int.from_bytes(bytes(data[whole:].tolist()), "little")
+    return (int(data[:whole].view(torch.int64).sum()) + left) % 2**64
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -305,12 +322,14 @@ class Position:
 
     Attributes:
         texts: texts read, up to the last of which a token counted.
+        sequences: how many sequences of the last of them were counted, if more are to come; 0 if it is used up.
         tokens: tokens counted.
         texts_sha256: :func:`corpus_sha256` of those texts.
         summands: what the sums were taken over: keys, or predicted tokens.
     """
 
     texts: int = 0
+    sequences: int = 0
     tokens: int = 0
     texts_sha256: str = ""
     summands: int = 0

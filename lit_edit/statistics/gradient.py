@@ -8,12 +8,73 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lit_edit.statistics.collecting import Collector, Pace, collect
 from lit_edit.statistics.files import StatisticsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class WeightGradient(Metric):
+    """Mean gradient of a loss with respect to the weight of a linear projection, ``∇G = Σ g xᵀ / n``.
+
+    Args:
+        outputs: ``d``, the size of what the projection gives.
+        inputs: ``p``, the size of what it is given.
+        **kwargs: as for any :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = WeightGradient(1, 2)
+        >>> metric.update(torch.tensor([[2.0], [1.0]]), torch.tensor([[1.0, 0.0], [1.0, 2.0]]), 2)
+        >>> metric.compute()
+        tensor([[1.5000, 1.0000]], dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    gradient: Tensor
+    count: Tensor
+
+    def __init__(self, outputs: int, inputs: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if min(outputs, inputs) < 1:
+            raise ValueError(f"A weight has at least one row and one column, got {outputs} and {inputs}.")
+        self.outputs, self.inputs = outputs, inputs
+        self.add_state("gradient", torch.zeros(outputs, inputs, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, slopes: Tensor, inputs: Tensor, summands: int) -> None:
+        """Add tokens.
+
+        Args:
+            slopes: ``g (..., d)``, the gradient of the summed loss at the projection's outputs.
+            inputs: ``x (..., p)``, what the projection was given there.
+            summands: the number of summands of the loss.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        if slopes.shape != (*inputs.shape[:-1], self.outputs) or inputs.shape[-1] != self.inputs:
+            raise ValueError(
+                f"For a weight of {self.outputs} rows and {self.inputs} columns, slopes of shape {tuple(slopes.shape)} "
+                f"do not fit inputs of shape {tuple(inputs.shape)}."
+            )
+        g, x = slopes.detach().to(self.gradient).flatten(0, -2), inputs.detach().to(self.gradient).flatten(0, -2)
+        self.gradient += g.T @ x
+        self.count += summands
+
+    def compute(self) -> Tensor:
+        """``∇G (d, p)`` in float64.
+
+        Raises:
+            ValueError: if there was no summand.
+        """
+        if not self.count:
+            raise ValueError("There is no gradient of a mean over no summand.")
+        return self.gradient / self.count
 
 
 def collect_gradients(
@@ -31,9 +92,10 @@ def collect_gradients(
 
     O-Edit's ``∇G`` (Cai and Cao 2024, section 3.2.2), taken once on the unedited model: the directions in which it
     would learn on from the text. The loss is the mean negative log-likelihood over all predicted tokens of the corpus,
-    each text a sequence of its own, cut to ``sequence_length`` tokens; its first token is not predicted. (The paper
-    sums over the corpus, which gives the same directions.) No weight is touched and none needs to require a gradient:
-    with ``x`` the module's inputs and ``g`` the loss's gradient at its outputs, ``∇G = Σ g xᵀ``.
+    each text a sequence of its own, or several if it has more than ``sequence_length`` tokens, as for
+    :func:`lit_edit.statistics.collect_covariances`; the first token of a sequence is not predicted. (The
+    paper sums over the corpus, which gives the same directions.) No weight is touched and none needs to require a
+    gradient: with ``x`` the module's inputs and ``g`` the loss's gradient at its outputs, ``∇G = Σ g xᵀ``.
 
     The model runs in evaluation mode, forward and backward once, and is left as it was.
 
@@ -65,10 +127,10 @@ class GradientCollector(Collector):
     """Forward hooks that keep the inputs of modules, and add zeros to their outputs that a loss is derived by."""
 
     label = "Gradient"
+    empty = "The corpus for the gradient has no text of two tokens, of which one can be predicted."
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__(modules)
-        self._sums: dict[str, Tensor] = {}
         self._on = False
         self._runs: dict[str, list[tuple[Tensor, Tensor]]] = {}  # inputs and added zeros
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
@@ -86,29 +148,26 @@ class GradientCollector(Collector):
         with torch.enable_grad(), self._listening():
             logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
             loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), wanted.flatten(), reduction="sum")
-        for name, gradient in self._gradients(loss).items():
-            self._sums[name] = self._sums[name] + gradient if name in self._sums else gradient
-        self.summands += int((wanted != -100).sum())
+        summands = int((wanted != -100).sum())
+        runs = {name: runs[0] for name, runs in self._runs.items()}
+        slopes = torch.autograd.grad(loss, [zeros for _, zeros in runs.values()])
+        self._runs = {}
+        for (name, (inputs, _)), slope in zip(runs.items(), slopes, strict=True):
+            if name not in self.metrics:
+                self.metrics[name] = self.metric((slope.shape[-1], inputs.shape[-1])).to(slope.device)
+            self.metrics[name].update(slope, inputs, summands)
+        self.summands += summands
 
-    def sums(self) -> dict[str, Tensor]:
-        """``Σ g xᵀ (d, p)`` by the name of the module; empty before a text of two tokens."""
-        return dict(self._sums)
+    def metric(self, shape: tuple[int, ...]) -> WeightGradient:
+        """For ``Σ g xᵀ (d, p)``."""
+        metric = WeightGradient(*shape)
+        metric.update(torch.zeros(0, shape[0]), torch.zeros(0, shape[1]), 0)  # or torchmetrics warns that it never was
+        return metric
 
-    def restore(self, sums: Mapping[str, Tensor], summands: int, device: torch.device) -> None:
-        """Goes on from ``Σ g xᵀ`` over so many predicted tokens."""
-        self.summands = summands
-        self._sums = {name: sums[name].to(device) for name in self.names}
-
-    def results(self) -> dict[str, Tensor]:
-        """``∇G (d, p)`` by the name of the module."""
-        if not self.summands:
-            raise StatisticsError(
-                "The corpus for the gradient has no text of two tokens, of which one can be predicted."
-            )
-        for name, total in self._sums.items():
-            if not torch.isfinite(total.sum()):
-                raise StatisticsError(f"The gradient of module {name!r} holds values that are not finite.")
-        return {name: self._sums.pop(name) / self.summands for name in self.names}
+    def total(self, metric: Metric) -> Tensor:
+        """``Σ g xᵀ (d, p)``."""
+        gradient: Tensor = metric.gradient  # type: ignore[assignment]
+        return gradient
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -126,17 +185,6 @@ class GradientCollector(Collector):
                 f"In one forward pass each module must see every token once, but {', '.join(wrong)}. Are these the "
                 "projections of this very model?"
             )
-
-    def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """``Σ g xᵀ (d, p)`` in float64 for every module, of a loss of the pass that was watched."""
-        runs = {name: runs[0] for name, runs in self._runs.items()}
-        slopes = torch.autograd.grad(loss, [zeros for _, zeros in runs.values()])
-        self._runs = {}
-        found = {}
-        for (name, (inputs, _)), slope in zip(runs.items(), slopes, strict=True):
-            x, g = inputs.to(torch.float64).flatten(0, -2), slope.to(torch.float64).flatten(0, -2)
-            found[name] = g.T @ x
-        return found
 
     def _hook(self, name: str) -> Any:
         def add_zeros(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

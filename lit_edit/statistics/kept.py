@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from lit_edit.statistics.collecting import Collector, Pace, check_texts, collect, interrupts
+from lit_edit.statistics.collecting import Collector, Pace, check_texts, collect, gathered, interrupts, processes
 from lit_edit.statistics.covariance import KeyCollector, warn_if_few
 from lit_edit.statistics.files import (
     COMMAND,
@@ -115,7 +115,9 @@ class Statistics:
     ) -> dict[str, Tensor]:
         """The statistics, from their files; the missing ones are collected together and written.
 
-        A collection that is broken off leaves its sums in :meth:`partial`, and the next one goes on from there.
+        A collection that is broken off leaves its sums in :meth:`partial`, and the next one goes on from there. Where
+        `torch.distributed` runs, all its processes have to call this: they collect together what any of them misses,
+        the first one writes, and nothing is saved before the end.
 
         Args:
             batch_size: sequences in a forward pass; 16, or 4 with a backward pass, if ``None``.
@@ -137,7 +139,8 @@ class Statistics:
         """
         found = {}
         device = next(self.model.parameters()).device
-        missing = self.missing()
+        absent = {name for names in gathered(self.missing()) for name in names}
+        missing = [name for name in self.modules if name in absent]
         for name, path in self.paths.items():
             if name not in missing:
                 matrices, self.headers[name] = read(path, self.headers[name], self.kind)
@@ -168,10 +171,13 @@ class Statistics:
             with interrupts(held=True) as let_through:
                 for name, matrix in collected.items():
                     header = replace(self.headers[name], n_tokens=position.tokens, texts_sha256=position.texts_sha256)
-                    save(self.paths[name], {name: matrix}, header, self.kind)
+                    if processes()[0] == 0:
+                        save(self.paths[name], {name: matrix}, header, self.kind)
                     self.headers[name] = header
-                partial.remove()
+                if processes()[0] == 0:
+                    partial.remove()
                 let_through()
+            gathered(None)  # none goes on before the files are there
             found |= collected
         if self.kind is COVARIANCE:
             self._warn(found)

@@ -104,13 +104,14 @@ def test_more_edits_than_records(facts_file: Callable[[int], str]) -> None:
 
 def test_a_bad_record_stops_or_is_reported(write_json: Callable[..., str]) -> None:
     records = [fact(1), fact(2, target_new=""), fact(3), fact(4, subject="X"), *(fact(n, subject=None) for n in "567")]
+    hint = " (--data.on_bad_record=skip leaves such records out and lists them.)"
+    with pytest.raises(RequestError) as caught:
+        FactsDataModule(write_json(records[:3])).setup("fit")
+    assert str(caught.value) == f"facts.json, record 2, field 'target_new': is empty.{hint}"
     path = write_json(records)
     with pytest.raises(RequestError) as caught:
         FactsDataModule(path).setup("fit")
-    assert str(caught.value) == (
-        "facts.json, record 2, field 'target_new': is empty. "
-        "(on_bad_record='skip' leaves such records out and lists them.)"
-    )
+    all_in_one = str(caught.value)
     data = FactsDataModule(path, on_bad_record="skip")
     with pytest.warns(UserWarning, match="cannot be edited") as warned:
         data.setup("fit")
@@ -121,6 +122,7 @@ def test_a_bad_record_stops_or_is_reported(write_json: Callable[..., str]) -> No
         *(f"facts.json, record {number}, field 'subject': is empty." for number in (5, 6, 7)),
     ]
     assert data.refused == refused
+    assert all_in_one == f"5 of 7 records cannot be edited: {' '.join(refused)}{hint}"
     assert [str(warning.message) for warning in warned] == [
         "5 of 7 records cannot be edited and are left out: " + " ".join(refused[:3]) + "; 2 more are in `refused`"
     ]
@@ -129,6 +131,31 @@ def test_a_bad_record_stops_or_is_reported(write_json: Callable[..., str]) -> No
         pytest.raises(ValueError, match=r"2 usable records \(5 records were left out\); n_edits: null"),
     ):
         FactsDataModule(path, n_edits=3, on_bad_record="skip").setup("fit")
+
+
+def test_ten_bad_records_are_named_and_the_rest_is_counted(write_json: Callable[..., str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        FactsDataModule(write_json([fact(n, subject=None) for n in range(13)])).setup("fit")
+    said = str(caught.value)
+    assert said.startswith("13 of 13 records cannot be edited: facts.json, record 1, field 'subject': is empty. facts")
+    assert said.count("field 'subject'") == 10
+    assert "record 10, field 'subject': is empty. And 3 more. (--data.on_bad_record=skip" in said
+
+
+def test_columns_that_nothing_reads_are_said_with_the_one_that_may_be_meant(write_json: Callable[..., str]) -> None:
+    path = write_json([fact(1, Rephrase_Prompts="x"), fact(2, note="mine", locality_promt="y", subject_id=3)])
+    data = FactsDataModule(path)
+    with pytest.warns(UserWarning, match="columns not used") as warned:
+        data.setup("fit")
+    (said,) = [str(warning.message) for warning in warned]
+    assert said == (
+        f"{path}: columns not used: Rephrase_Prompts (did you mean rephrase_prompt?), note, "
+        "locality_promt (did you mean locality_prompt?), subject_id."
+    )
+    assert data.unused == ["Rephrase_Prompts", "note", "locality_promt", "subject_id"]
+    published = CounterFactDataModule(write_json([counterfact()]), n_edits=1)
+    published.setup("fit")  # its further fields are no mistake, and there are many
+    assert published.unused == []
 
 
 def test_a_broken_file_is_an_error_even_when_skipping(tmp_path: Path) -> None:
@@ -146,7 +173,7 @@ def test_identifiers_are_made_to_differ(write_json: Callable[..., str]) -> None:
 def test_facts_from_csv(tmp_path: Path) -> None:
     path = tmp_path / "facts.csv"
     path.write_text(
-        "prompt,subject,target_new,target_true,rephrase_prompt,locality_prompt,locality_ground_truth,note\n"
+        "prompt,subject,target_new,target_true,rephrase_prompt,locality_prompt,locality_ground_truth,relation\n"
         '"{}, whose capital is",France,Lyon,Paris,France is run from | {} is led from,Spain: | Italy:,Madrid | Rome,a\n'
         "In Peru,Peru,x,,,,,b | c\n"
         "In Chile,,x,,,,,\n"
@@ -159,6 +186,8 @@ def test_facts_from_csv(tmp_path: Path) -> None:
     assert [p.prompt for p in first.probes] == ["France is run from", "France is led from", "Spain:", "Italy:"]
     assert [p.target for p in first.probes_of("locality")] == ["Madrid", "Rome"]
     assert (second.source, second.probes) == ("facts.csv, line 3", ())
+    assert [first.relation, second.relation] == ["a", "b | c"]
+    assert data.unused == []
     assert data.refused == ["facts.csv, line 4, field 'subject': is empty."]
 
 

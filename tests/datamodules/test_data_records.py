@@ -14,6 +14,7 @@ from lit_edit.datamodules import (
     mend_request,
     without_nq_prefix,
 )
+from lit_edit.datamodules.records import FLAT_FIELDS as FIELDS_READ
 from lit_edit.datamodules.records import read_request
 
 from lit_edit.requests import EditRequest, Probe, RequestError
@@ -111,6 +112,63 @@ def test_flat() -> None:
         ),
         source=SOURCE,
     )
+
+
+class Noting(dict[str, Any]):
+    """A record that knows which of its fields were read."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def test_the_fields_that_are_named_are_those_that_are_read() -> None:
+    record = Noting({"prompt": "{} is", "subject": "Rome", "target_new": "x"})
+    flat_request(record, SOURCE, "3")
+    assert record.read == set(FIELDS_READ)
+
+
+def test_the_relation_has_two_names_and_may_be_a_number() -> None:
+    assert flat_request(flat() | {"relation": " capital "}, SOURCE, "3").relation == "capital"
+    assert flat_request(flat() | {"relation": "capital", "relation_id": 36}, SOURCE, "3").relation == "36"
+    assert flat_request(flat() | {"relation": "capital", "relation_id": ""}, SOURCE, "3").relation == "capital"
+    assert flat_request(flat() | {"relation": None}, SOURCE, "3").relation is None
+
+
+def test_every_probe_knows_the_field_it_stands_in() -> None:
+    several = flat() | {
+        "rephrases": ["{} a", "{} b"],
+        "locality_prompt": ["c", "d"],
+        "locality_ground_truth": ["C", "D"],
+        "portability": {"hop": {"prompt": "e", "ground_truth": "E"}},
+    }
+    expected = {
+        flat_request: (
+            several,
+            "rephrase_prompt, rephrases[0], rephrases[1], locality_prompt[0], locality_prompt[1], "
+            "portability.hop[0].prompt",
+        ),
+        counterfact_request: (
+            counterfact() | {"unrelated_relation": {"question": "What?", "object": "x"}},
+            "paraphrase_prompts[0], paraphrase_prompts[1], neighborhood_prompts[0], unrelated_relation.question, "
+            "generation_prompts[0], generation_prompts[1]",
+        ),
+        mend_request: (
+            mend() | {"portability": {"New Question": "Who?", "New Answer": "x"}},
+            "rephrase, loc, portability.New Question",
+        ),
+        conceptedit_request: (concept(), "phrase_prompt, locality_prompt, instance_prompt[0], instance_prompt[1]"),
+    }
+    for read, (record, fields) in expected.items():
+        assert ", ".join(probe.field for probe in read(record, SOURCE, "3").probes) == fields
 
 
 def test_flat_with_the_least() -> None:

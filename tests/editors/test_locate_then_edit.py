@@ -204,8 +204,12 @@ def test_keys_are_remembered_by_layer_and_edit_as_the_edited_model_has_them(tiny
                     keys = editor.keys.average(reference_keys(workspace, request, layer))
                     expected.setdefault(layer, []).append(keys)
     state = editor.state_dict()
-    assert set(state) == {f"memory.{layer}" for layer in expected} | {"edits", "finished_at"}
+    kinds = ("memory", "edits_here", "rank_here")
+    own = {name for name in state if not name.startswith("solver.")}
+    assert own == {f"{kind}.{layer}" for layer in expected for kind in kinds} | {"edits", "finished_at"}
     assert int(state["edits"]) == 2 * size
+    for layer, columns in expected.items():
+        assert int(state[f"edits_here.{layer}"]) == len(columns)
     for layer, columns in expected.items():
         found = state[f"memory.{layer}"].double()
         torch.testing.assert_close(found, torch.stack(columns, dim=1), rtol=1e-4, atol=1e-5)
@@ -545,18 +549,19 @@ def test_what_a_restraint_is_told(tiny) -> None:
     editor.finish(workspace)
     names = [workspace.architecture[layer].name for layer in (0, 1)]
     expected = [
-        # what, layer, edits there, edits, batch
-        ("update", 0, 0, 0, 2),
-        ("update", 1, 0, 0, 2),
-        ("total", 0, 0, 0, 2),
-        ("total", 1, 0, 0, 2),
-        ("update", 1, 1, 2, 2),
-        ("total", 0, 2, 2, 2),
-        ("total", 1, 1, 2, 2),
-        ("last", 0, 2, 4, 0),
-        ("last", 1, 3, 4, 0),
+        # what, layer, edits there, of this batch there, edits, batch, rank there
+        ("update", 0, 0, 2, 0, 2, 0),
+        ("update", 1, 0, 1, 0, 2, 0),
+        ("total", 0, 0, 2, 0, 2, 2),
+        ("total", 1, 0, 1, 0, 2, 1),
+        ("update", 1, 1, 2, 2, 2, 1),
+        ("total", 0, 2, 0, 2, 2, 2),
+        ("total", 1, 1, 2, 2, 2, 3),
+        ("last", 0, 2, 0, 4, 0, 2),
+        ("last", 1, 3, 0, 4, 0, 3),
     ]
-    assert [(what, names.index(g.layer), g.edits_here, g.edits, g.batch) for what, g in seen] == expected
+    told = [(what, names.index(g.layer), g.edits_here, g.batch_here, g.edits, g.batch, g.rank_here) for what, g in seen]
+    assert told == expected
     for _, ground in seen:
         assert ground.original is workspace.originals[names.index(ground.layer)]
 

@@ -14,12 +14,20 @@ from editing_references import changed, hooks_left, make_workspace, matrix_of, p
 from run_examples import facts, write_facts
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import REPOSITORY
 from torch import Tensor
 
 from lit_edit import load_model
 from lit_edit.editors import MEND
-from lit_edit.hypernetworks import FILE_NAME, HyperNetwork, HyperNetworkError, TokenFactors, gradient_factors
-from lit_edit.mend_training import MendTraining, gather_statistics, main, train
+from lit_edit.hypernetworks import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    HyperNetwork,
+    HyperNetworkError,
+    TokenFactors,
+    gradient_factors,
+)
+from lit_edit.mend_training import MendTraining, _parser, gather_statistics, main, train
 from lit_edit.requests import EditRequest, Probe
 from lit_edit.session import EditSession
 from lit_edit.trials import edit_batch
@@ -251,6 +259,37 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(tiny) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_hidden_layers_and_the_longest_gradient_are_what_is_asked_for(tiny) -> None:
+    workspace, batch = make_workspace(tiny, dtype=torch.float32), asked(3)
+
+    def moved(hidden: int, **settings: float) -> float:
+        network = train(workspace, batch, LAYERS, rank=4, steps=1, batch_size=2, lr_lr=1e-3, hidden=hidden, **settings)
+        assert network.hidden == hidden
+        assert [len(steps) for steps in network.networks.values()] == [hidden + 1]  # type: ignore[arg-type]
+        return float((network.edit_lr - 1e-4).norm())
+
+    free = moved(1)
+    # Adam divides a gradient by its own length plus 1e-8, so that only a far shorter one shows.
+    assert moved(1, clip=1e-12) < 0.01 * free
+    assert moved(0, clip=1e6) == pytest.approx(moved(0), rel=1e-3)
+    with pytest.raises(ValueError, match="needs a clip > 0 for its gradients, not 0; 100 is published"):
+        moved(1, clip=0)
+
+
+def test_the_card_trains_with_the_published_constants() -> None:
+    card = (REPOSITORY / "docs" / "methods" / "mend.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.split()[3:] for line in card.splitlines() if "python -m lit_edit.mend_training --" in line]
+    given = {settings.model: settings for settings in map(_parser().parse_args, lines)}
+    assert set(given) == {"embedded", "openai-community/gpt2-xl", "meta-llama/Meta-Llama-3-8B"}
+    published = {"rank": 1920, "hidden": 1, "lr": 1e-6, "lr_lr": 1e-4, "edit_lr": 1e-4, "edit_weight": 0.1, "clip": 100}
+    published |= {"batch_size": 10, "steps": 10_000}
+    layers = {"openai-community/gpt2-xl": [45, 46, 47], "meta-llama/Meta-Llama-3-8B": [29, 30, 31]}
+    for model, wanted in layers.items():
+        assert {name: getattr(given[model], name) for name in published} == published
+        assert given[model].layers == wanted
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_a_request_without_a_locality_prompt_cannot_be_trained_on(tiny) -> None:
     workspace = make_workspace(tiny)
     with pytest.raises(ValueError, match=r"facts.json, record 2: has no locality prompt"):
@@ -280,7 +319,8 @@ def test_the_command_trains_saves_and_scores(tmp_path: Path, tiny_folder, capsys
     assert "locality " in said
     editor = MEND(str(out))
     assert editor.network.layers == [1, 3]
-    assert editor.header["figures"]["training"]["requests"] == 3
+    training = editor.header["figures"]["training"]
+    assert (training["requests"], training["hidden"], training["clip"]) == (3, 1, 100)
     assert set(editor.header["figures"]["held_out"]) == {"reliability", "generalization", "locality"}
     loaded, tokenizer = load_model(model)
     session = EditSession(loaded, tokenizer, editor, corpus=(), corpus_name="none")
@@ -345,7 +385,7 @@ def test_a_missing_or_damaged_file_is_named(tiny, tmp_path: Path) -> None:
         save_file(tensors, path, metadata={"hypernetwork": json.dumps(header)})
 
     write({**header, "format_version": 99}, tensors)
-    with pytest.raises(HyperNetworkError, match="is of format 99, this version reads 1"):
+    with pytest.raises(HyperNetworkError, match=f"is of format 99, this version reads {FORMAT_VERSION}"):
         MEND(str(path))
     write({**header, "rank": 3}, tensors)
     with pytest.raises(HyperNetworkError, match="does not hold a hyper-network"):
@@ -384,9 +424,11 @@ def test_the_embedded_network_is_small_and_fits_the_embedded_model() -> None:
 
     assert embedded_path("model", "mend", FILE_NAME).stat().st_size < 1.5e6
     editor = MEND()
+    for name, part in editor.network.named_parameters():  # every part was trained, not the step sizes alone
+        assert part.any(), name
     model, tokenizer = load_model()
     session = EditSession(model, tokenizer, editor, corpus=(), corpus_name="none")
-    data = CounterFactDataModule(n_edits=1, offset=380)  # neither trained on nor among those that are edited
+    data = CounterFactDataModule(n_edits=1, offset=380, seed=1)  # neither trained on nor among those that are edited
     data.setup()
     session.check(data.requests, 1)
     plan = session.plan(data.requests)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_edit.editors import LocateThenEdit
 from lit_edit.layers import FixedLayers
-from lit_edit.restraints import PRUNE, RECT, Ground, Restraint
+from lit_edit.restraints import PRUNE, RECT, Ground, Restraint, Source
 from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem, Solver
 from lit_edit.values import ValueOptimizer
 
@@ -43,14 +43,14 @@ def problem(n: int) -> Problem:
 def test_every_restraint_works_on_every_additive_solver(name: str, solver: Solver, n: int) -> None:
     n = 1 if isinstance(solver, ROME) else n
     here, restraint = problem(n), RESTRAINTS[name]()
-    restraint.check(solver)
+    restraint.check(Source(type(solver).__name__, additive=solver.additive))
     original = here.weight.clone()
     update = solver.solve(here)
     plain = update.delta(original)
-    restrained = restraint.restrain(update, Ground(here.weight, original, batch=n, layer="h.3"))
+    restrained = restraint.restrain(update, Ground(here.weight, original, batch_here=n, batch=n, layer="h.3"))
     weight = original.clone()
     restrained.apply_(weight)
-    further = restraint.total(Ground(weight, original, batch=n, layer="h.3"), last=False)
+    further = restraint.total(Ground(weight, original, batch_here=n, batch=n, layer="h.3"), last=False)
     if further is not None:
         further.apply_(weight)
     # Less than the solver asked for, but something of it, and in the same direction.

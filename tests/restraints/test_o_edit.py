@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lit_edit.editors import LocateThenEdit
 from lit_edit.keys import TypeMeanKey
 from lit_edit.layers import FixedLayers
 from lit_edit.requests import EditRequest
-from lit_edit.restraints import Ground, OEditPlus
+from lit_edit.restraints import PRUNE, RECT, Ground, OEditPlus, Restraint, Source, check_restraints
 from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, Solver
 from lit_edit.updates import Additive, LowRank, Update
 from lit_edit.values import NormMatched, ValueOptimizer
@@ -30,7 +31,7 @@ def ground(edits: int = 3, batch: int = 1) -> Ground:
     """A layer after some edits of rank one."""
     original = random(D, P)
     total = random(D, edits, seed=1) @ random(edits, P, seed=2)
-    return Ground(original + total, original, random(D, P, seed=3), edits_here=edits, edits=edits, batch=batch)
+    return Ground(original + total, original, random(D, P, seed=3), edits_here=edits, batch_here=batch)
 
 
 def outside(matrix: Tensor, change: Tensor) -> Tensor:
@@ -114,9 +115,7 @@ def test_an_exhausted_space_is_an_error_and_not_a_zero_update(edits: int, share:
         if edits == D - 1 and cleaning == "subtract":
             continue  # keeps a part along the directions, and so always finds room
         for update in updates():
-            with pytest.raises(
-                ValueError, match=rf"no room for edit {edits + 1} in layer 'h': of 16 output directions"
-            ):
+            with pytest.raises(ValueError, match=r"no room for edit 1 in layer 'h': of 16 output directions"):
                 restraint.restrain(update, Ground(**(vars(ground(edits)) | {"layer": "h"})))
 
 
@@ -130,12 +129,12 @@ def test_it_asks_for_what_it_needs_and_no_more() -> None:
     assert (OEditPlus(0.0).needs_original, OEditPlus(0.0).needs_gradient) == (True, False)
     assert (OEditPlus(1.0, past=False).needs_original, OEditPlus(1.0, past=False).needs_gradient) == (False, True)
     layer = ground()
-    OEditPlus(0.0).restrain(updates()[0], Ground(layer.weight, layer.original, edits_here=3, batch=1))
-    OEditPlus(1.0, past=False).restrain(updates()[0], Ground(layer.weight, gradient=layer.gradient, batch=1))
+    OEditPlus(0.0).restrain(updates()[0], Ground(layer.weight, layer.original, edits_here=3, batch_here=1))
+    OEditPlus(1.0, past=False).restrain(updates()[0], Ground(layer.weight, gradient=layer.gradient, batch_here=1))
     with pytest.raises(ValueError, match="weight of layer 'h' before the first edit was not kept"):
-        OEditPlus(0.0).restrain(updates()[0], Ground(layer.weight, edits_here=3, batch=1, layer="h"))
+        OEditPlus(0.0).restrain(updates()[0], Ground(layer.weight, edits_here=3, batch_here=1, layer="h"))
     with pytest.raises(ValueError, match="no gradient of the language-model loss for layer 'h'"):
-        OEditPlus(1.0).restrain(updates()[0], Ground(layer.weight, layer.original, edits_here=3, batch=1, layer="h"))
+        OEditPlus(1.0).restrain(updates()[0], Ground(layer.weight, layer.original, batch_here=1, layer="h"))
 
 
 def test_bad_settings_are_refused() -> None:
@@ -148,6 +147,54 @@ def test_bad_settings_are_refused() -> None:
     values = ValueOptimizer(constraint=NormMatched())
     with pytest.raises(ValueError, match="OEditPlus restrains what is added to a weight, and MOSE multiplies"):
         LocateThenEdit(FixedLayers([1]), values, MOSE(preservation=1.0), restraints=[OEditPlus()])
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.99])
+def test_updates_of_full_rank_leave_no_room_and_are_refused(keep: float) -> None:
+    rome, tuned = Source("ROME"), Source("FineTune", dense=True)
+    for restraints, source, full in (
+        ([RECT(keep), OEditPlus()], rome, "RECT after ROME"),
+        ([RECT(keep), PRUNE(), OEditPlus(0.0)], rome, "RECT after ROME"),
+        ([OEditPlus()], tuned, "FineTune"),
+        ([RECT(keep), OEditPlus()], tuned, "RECT after FineTune"),
+    ):
+        with pytest.raises(ValueError, match=f"an update by {full} has full rank: the first one fills the whole space"):
+            check_restraints(restraints, source)
+    # Without the edits so far there is room enough.
+    layer = ground()
+    assert layer.gradient is not None
+    pair = [RECT(keep), OEditPlus(2.0, past=False)]
+    check_restraints(pair, tuned)
+    update = updates()[0]
+    for restraint in pair:
+        update = restraint.restrain(update, layer)
+    found, leading = update.delta(layer.weight), torch.linalg.svd(layer.gradient).U[:, :8]
+    assert float((leading.T @ found).norm()) < 1e-9 * float(found.norm())
+
+
+@pytest.mark.parametrize("past", [True, False])
+def test_rect_afterwards_would_undo_the_projection_and_is_refused(past: bool) -> None:
+    for between in ([], [PRUNE()]):
+        with pytest.raises(ValueError, match=r"RECT after O-Edit.* brings it back into the spaces"):
+            check_restraints([OEditPlus(1.0, past=past), *between, RECT(0.4)], Source("ROME"))
+    layer, update = ground(), updates()[0]
+    projected = OEditPlus(2.0, past=past).restrain(update, layer)
+    leading = torch.linalg.svd(layer.gradient).U[:, :8]  # the reason, in numbers
+    kept = RECT(0.4).restrain(projected, layer).delta(layer.weight)
+    assert float((leading.T @ kept).norm()) > 0.1 * float(kept.norm())
+
+
+def test_what_leaves_the_space_alone_goes_with_it() -> None:
+    for restraints in ([OEditPlus(), PRUNE()], [PRUNE(), OEditPlus()], [RECT(1.0), OEditPlus(), RECT(1.0)]):
+        check_restraints(restraints, Source("ROME"))
+
+
+def test_a_rank_that_was_counted_bounds_the_space_and_not_the_number_of_edits() -> None:
+    layer = ground(edits=6)
+    for rank, edits in ((6, 2), (6, 6), (9, 2)):
+        past, _ = OEditPlus(0.0).spaces(replace(layer, edits_here=edits, rank_here=rank))
+        assert past.shape == (D, 6)
+    assert OEditPlus(0.0).spaces(replace(layer, edits_here=2))[0].shape == (D, 2)
 
 
 # On models
@@ -173,10 +220,10 @@ def prepared(family: str, dtype: torch.dtype = torch.float64) -> Workspace:
     return workspace
 
 
-def editor(name: str, restraint: OEditPlus) -> LocateThenEdit:
+def editor(name: str, *restraints: Restraint) -> LocateThenEdit:
     solver, site, layers = SOLVERS[name]
     values = ValueOptimizer(site, lr=0.1, steps=3, stop_loss=0.0)
-    return LocateThenEdit(FixedLayers(layers), values, solver(), TypeMeanKey(), restraints=[restraint], contexts=2)
+    return LocateThenEdit(FixedLayers(layers), values, solver(), TypeMeanKey(), restraints=list(restraints), contexts=2)
 
 
 def written(
@@ -222,9 +269,7 @@ def test_batches_of_ten_are_orthogonal_to_each_other(family: str, name: str) -> 
 
 
 def test_without_it_they_are_not() -> None:
-    plain = editor("rome", OEditPlus(1.0))
-    plain.restraints = []
-    one, other, *_ = written(plain, prepared("llama"), [[r] for r in requests()])[1]
+    one, other, *_ = written(editor("rome"), prepared("llama"), [[r] for r in requests()])[1]
     assert float((one.T @ other).norm()) > 1e-2 * float(one.norm() * other.norm())
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_edit.linalg import svd_of_rank
 from lit_edit.restraints import PRUNE, Ground
 
 
@@ -127,6 +128,33 @@ def test_where_equation_5_would_enlarge_nothing_changes() -> None:
     assert restrained(sigma, largest, "log", 1.2, 2.0) > sigma
     one = torch.tensor([sigma], dtype=torch.float64)
     assert float(PRUNE(1.2).restrained(one, torch.tensor(largest, dtype=torch.float64))) == sigma
+
+
+@pytest.mark.parametrize(
+    ("told", "rank"),
+    [
+        ({"edits_here": 3, "batch_here": 2, "edits": 40, "batch": 9}, 5),
+        ({"edits_here": 3, "batch_here": 2, "rank_here": 11}, 11),
+        ({"edits": 40, "batch": 9}, 0),
+    ],
+)
+def test_the_rank_tried_first_counts_the_layer_alone(
+    told: dict[str, int], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def recorded(matrix: Tensor, rank: int, negligible: float) -> tuple[Tensor, Tensor, Tensor]:
+        tried.append(rank)
+        return svd_of_rank(matrix, rank, negligible)
+
+    monkeypatch.setattr("lit_edit.restraints.prune.svd_of_rank", recorded)
+    here = ground()
+    update = PRUNE(1.5).total(replace(here, **(told | {"batch": 0})), last=True)
+    assert tried == [rank]
+    plain = PRUNE(1.5).total(here, last=True)
+    assert update is not None
+    assert plain is not None
+    torch.testing.assert_close(update.delta(here.weight), plain.delta(here.weight), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(

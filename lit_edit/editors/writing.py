@@ -1,0 +1,181 @@
+"""How updates get into a model's weights: restrained, counted, and all of a batch or none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lit_edit.editors.base import Applied, Plan
+from lit_edit.restraints import Ground, Restraint, Source, check_restraints
+from lit_edit.updates import Update
+from lit_edit.workspace import Workspace
+
+_EDITS_HERE, _RANK_HERE = "edits_here.", "rank_here."
+
+
+@contextmanager
+def all_or_nothing(workspace: Workspace) -> Iterator[Callable[[int, Update], Applied]]:
+    """Gives a function that writes an update into a layer; where the block ends in an error, nothing was written.
+
+    Layers that were written get their former weights back, bit by bit; they are kept until the block ends.
+    """
+    kept: dict[int, Tensor] = {}
+
+    def write(layer: int, update: Update) -> Applied:
+        weight = workspace.architecture[layer].weight
+        if layer not in kept:
+            kept[layer] = weight.detach().clone()
+        return Applied.write(layer, update, weight)
+
+    try:
+        yield write
+    except BaseException:  # an interrupt by the keyboard, too
+        with torch.no_grad():
+            for layer, weight in kept.items():
+                workspace.architecture[layer].weight.copy_(weight)
+        raise
+
+
+class RestrainedWriting:
+    """Writes additive updates under restraints, and counts what was written.
+
+    Args:
+        restraints: what is done to every update, or to their sum, in this order.
+        source: where the updates come from.
+
+    Attributes:
+        restraints: as given.
+        edits: requests applied so far.
+
+    Raises:
+        ValueError: if a restraint cannot work on such updates, or not in this order.
+    """
+
+    def __init__(self, restraints: Sequence[Restraint] | None, source: Source) -> None:
+        self.restraints = list(restraints or [])
+        check_restraints(self.restraints, source)
+        self.edits = 0
+        self._finished_at = 0
+        self._edits_here: dict[int, int] = {}  # requests by layer
+        self._rank_here: dict[int, int] = {}  # of their updates' sum, at most
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a restraint needs the gradient statistics."""
+        return any(restraint.needs_gradient for restraint in self.restraints)
+
+    @property
+    def needs_originals(self) -> bool:
+        """Whether a restraint needs the weights before the first edit."""
+        return any(restraint.needs_original for restraint in self.restraints)
+
+    def ground(self, workspace: Workspace, layer: int, batch: int, batch_here: int) -> Ground:
+        """A layer as restraints see it.
+
+        Args:
+            workspace: the model.
+            layer: index of a block.
+            batch: requests of this batch.
+            batch_here: those of them that go into this layer.
+        """
+        part = workspace.architecture[layer]
+        return Ground(
+            part.weight,
+            original=workspace.originals.get(layer),
+            gradient=workspace.gradients.get(layer),
+            edits_here=self._edits_here.get(layer, 0),
+            batch_here=batch_here,
+            edits=self.edits,
+            batch=batch,
+            rank_here=self._rank_here.get(layer, 0),
+            layer=part.name,
+        )
+
+    def apply(
+        self, workspace: Workspace, plan: Plan, editable: Sequence[int], update_of: Callable[[int], Update]
+    ) -> list[Applied]:
+        """Writes the updates of a batch layer by layer, ascending, then lets the restraints work on their sums.
+
+        Args:
+            workspace: the model.
+            plan: says which requests go into which layers.
+            editable: all layers that edits may touch.
+            update_of: gives a layer's update; asked when the layers below are written.
+
+        Returns:
+            What was written, the updates first. On an error the weights and counts are as they were.
+        """
+        watch, batch = workspace.stopwatch, len(plan.requests)
+        here = Counter(layer for layers in plan.layers for layer in layers)
+        ranks: dict[int, int] = {}
+        with all_or_nothing(workspace) as write:
+            applied = []
+            for layer in sorted(here):
+                update, ground = update_of(layer), self.ground(workspace, layer, batch, here[layer])
+                with watch.measure("restrain"):
+                    for restraint in self.restraints:
+                        update = restraint.restrain(update, ground)
+                with watch.measure("write"):
+                    applied.append(write(layer, update))
+                ranks[layer] = min(self._rank_here.get(layer, 0) + update.rank(ground.weight), *ground.weight.shape)
+            with watch.measure("restrain"):
+                for layer in editable:
+                    applied += self._total(workspace, layer, batch, here[layer], ranks.get(layer), write)
+        for layer, count in here.items():
+            self._edits_here[layer] = self._edits_here.get(layer, 0) + count
+        self._rank_here |= ranks
+        self.edits += batch
+        return applied
+
+    def finish(self, workspace: Workspace, editable: Sequence[int]) -> list[Applied]:
+        """What restraints do once, at the end; nothing if that was done at this count already."""
+        if self._finished_at == self.edits:
+            return []
+        applied = []
+        with all_or_nothing(workspace) as write:
+            for layer in editable:
+                applied += self._total(workspace, layer, 0, 0, None, write)
+        self._finished_at = self.edits
+        return applied
+
+    def _total(
+        self,
+        workspace: Workspace,
+        layer: int,
+        batch: int,
+        batch_here: int,
+        rank: int | None,
+        write: Callable[[int, Update], Applied],
+    ) -> list[Applied]:
+        """Lets every restraint work on the sum of a layer's updates; ``batch`` is 0 at the end of a run."""
+        applied = []
+        for restraint in self.restraints:
+            ground = self.ground(workspace, layer, batch, batch_here)
+            if rank is not None:
+                ground = replace(ground, rank_here=rank)
+            update = restraint.total(ground, last=not batch)
+            if update is not None:
+                applied.append(write(layer, update))
+        return applied
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """How many requests were applied, in all and by layer, the ranks, and the count at the last end of a run."""
+        counts = {"edits": self.edits, "finished_at": self._finished_at}
+        counts |= {f"{_EDITS_HERE}{layer}": count for layer, count in self._edits_here.items()}
+        counts |= {f"{_RANK_HERE}{layer}": rank for layer, rank in self._rank_here.items()}
+        return {name: torch.tensor(count) for name, count in counts.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave; other names are passed over."""
+        self.edits, self._finished_at = int(state["edits"]), int(state["finished_at"])
+        self._edits_here = _by_layer(state, _EDITS_HERE)
+        self._rank_here = _by_layer(state, _RANK_HERE)
+
+
+def _by_layer(state: dict[str, Tensor], prefix: str) -> dict[int, int]:
+    return {int(name.removeprefix(prefix)): int(count) for name, count in state.items() if name.startswith(prefix)}
