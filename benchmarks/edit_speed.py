@@ -272,7 +272,7 @@ def additive_solves(p: int, g: torch.Generator, repeats: int) -> dict[str, float
     del kept, covariance  # each takes gigabytes at a large model's size
     projector = q[:, : p // 2] @ q[:, : p // 2].T
     del q
-    projection = KeptProjection(key, 0, key[:, :0], key[:, :0], key[:, :0], key[:0, :0], projector, 10.0, projector)
+    projection = KeptProjection(key, 0, 0, key[:, :0], key[:, :0], key[:, :0], key[:0, :0], projector, 10.0, projector)
     found["alphaedit_kept"] = median_seconds(lambda: projection.solve(key), repeats)
     system = projector @ (key @ key.T)
     system.diagonal().add_(10.0)

@@ -118,6 +118,8 @@ class Architecture:
                     "be edited: load the model in float32, bfloat16 or float16."
                 )
             self.layers.append(Layer(index, names[id(weight)], block, projection, family.transposed))
+        if not self.layers:
+            raise UnsupportedModelError(f"{family.blocks} of this {type(model).__name__} holds no blocks to edit.")
         if given:
             with _evaluating(model):
                 _check_family(model, family, self.layers)

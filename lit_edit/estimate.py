@@ -6,7 +6,7 @@ width d, the projections' input size p, L editable of N blocks, vocabulary v, an
 * weights: as many bytes as they have in their dtype;
 * key covariances: ``8 p²`` for each of L; language-model gradients: ``8 d p``; original weights: as stored;
 * what the solver keeps: `Solver.kept_size` numbers of 8 bytes for each of L (AlphaEdit's projector: ``p²``);
-* keys of past edits: ``4 p`` for each edit and layer, at most;
+* keys of past edits: ``4 p`` for each edit and layer, at most, and ``8 p`` for each in the layer being solved;
 * while key covariances are collected: ``8 p²`` for each of L a second time, and the keys of one batch of texts;
 * while gradients are collected: ``8 d p`` for each of L a second time, and, for every token of one batch of texts, what
   the backward pass keeps in each block from the lowest of L on (see below), the inputs of L, two float64 copies of the
@@ -15,7 +15,7 @@ width d, the projections' input size p, L editable of N blocks, vocabulary v, an
   the backward pass keeps in each block, about ``12 d + 4 p`` numbers in the dtype (float32 where norms compute in it),
   and ``3 v`` numbers of 4 bytes for each token whose logits are read;
 * while an update is solved and written, one layer at a time, in float64: ``8 (3 d p + 3 p²)``, the second term only
-  where there is a covariance;
+  where there is a covariance; and the former weights of all layers written, as stored, until the batch is whole;
 * for methods that train copies of the weights: weight, gradient and Adam's two moments in float32, ``16 d p`` for L.
 
 The estimate is made from shapes: the model may lie on the meta device.
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lit_edit.editors import Editor, LocateThenEdit
-from lit_edit.layers import ActivationSelection, FixedLayers
+from lit_edit.layers import ActivationSelection, FixedLayers, WilKE
 from lit_edit.requests import EditRequest
 from lit_edit.workspace import Workspace
 
@@ -90,6 +90,7 @@ def memory_needed(workspace: Workspace, editor: Editor, requests: Sequence[EditR
         lasting["original weights"] = sum(p.weight.numel() * p.weight.element_size() for p in parts)
     head = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary, itemsize = head.weight.shape[0], head.weight.element_size()
+    former = sum(part.weight.numel() * part.weight.element_size() for part in parts)
     widest = max(d * p for d, p in shapes)
     longest = max(p for _, p in shapes)
     passing = {}
@@ -101,16 +102,18 @@ def memory_needed(workspace: Workspace, editor: Editor, requests: Sequence[EditR
             workspace, editor.editable_layers(workspace), longest, vocabulary, itemsize
         )
     if isinstance(editor, LocateThenEdit):
-        if kept := sum(8 * editor.solver.kept_size(d, p) for d, p in shapes):
-            lasting[f"what {type(editor.solver).__name__} keeps"] = kept
+        solvers = [editor.solver, *([editor.layers.solver] if isinstance(editor.layers, WilKE) else [])]
+        for role, solver in zip(("keeps", "keeps to choose layers"), solvers, strict=False):
+            if kept := sum(8 * solver.kept_size(d, p) for d, p in shapes):
+                lasting[f"what {type(solver).__name__} {role}"] = kept
         lasting["keys of past edits"] = sum(4 * p * len(requests) for _, p in shapes)
         squares = 3 * longest**2 if editor.solver.needs_covariance else 0
-        passing["solving"] = 8 * (3 * widest + squares)
+        passing["solving"] = 8 * (3 * widest + squares + 2 * longest * len(requests)) + former
         passing["values"] = _values(workspace, editor, requests, batch_size, vocabulary, itemsize)
     else:
         lasting["trained copies of weights"] = sum(16 * d * p for d, p in shapes)
         passing["training"] = _passes(workspace, batch_size, *_text(workspace, requests), vocabulary, itemsize, 1.0)
-        passing["writing"] = 8 * 3 * widest
+        passing["writing"] = 8 * 3 * widest + former
     return Memory(lasting, passing)
 
 

@@ -12,6 +12,9 @@ from lit_edit.requests import EditRequest
 from lit_edit.taps import read_inputs
 from lit_edit.workspace import Workspace
 
+ROWS_AT_ONCE = 256
+"""Texts in a forward pass whose inputs of a layer are kept for all their tokens."""
+
 
 class KeyAverage(ABC):
     """How the keys of one request, one per context, become its key."""
@@ -49,23 +52,25 @@ class BareKey(KeyAverage):
 def compute_keys(
     workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: KeyAverage
 ) -> dict[int, Tensor]:
-    """The keys of requests at several layers, in one forward pass up to the last of them.
+    """The keys of requests at several layers, in forward passes up to the last of them.
 
     Texts end with the subject's last token: under causal attention nothing to the right of it reaches its key.
 
     Returns:
         For each layer (p, n) in float32, a column per request.
     """
-    per_request = [workspace.rewriting_rows(request) for request in requests]
-    rows = [row.up_to_subject() for rows in per_request for row in rows]
-    batch = workspace.prompter.collate(rows, workspace.device)
     modules = {layer: workspace.architecture[layer].projection for layer in layers}
-    with read_inputs(modules, batch.input_ids.shape[1], stop=True) as seen:
-        workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    at = torch.arange(len(rows), device=workspace.device)
-    sizes = [len(rows) for rows in per_request]
-    keys = {}
-    for layer in layers:
-        found = seen[layer][at, batch.subject_last].float().split(sizes)
-        keys[layer] = torch.stack([average.average(k) for k in found], dim=1)
-    return keys
+    keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    together = max(1, ROWS_AT_ONCE // len(workspace.contexts))
+    for first in range(0, len(requests), together):
+        per_request = [workspace.rewriting_rows(request) for request in requests[first : first + together]]
+        rows = [row.up_to_subject() for rows in per_request for row in rows]
+        batch = workspace.prompter.collate(rows, workspace.device)
+        with read_inputs(modules, batch.input_ids.shape[1], stop=True) as seen:
+            workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        at = torch.arange(len(rows), device=workspace.device)
+        sizes = [len(rows) for rows in per_request]
+        for layer in layers:
+            found = seen[layer][at, batch.subject_last].float().split(sizes)
+            keys[layer] += [average.average(k) for k in found]
+    return {layer: torch.stack(found, dim=1) for layer, found in keys.items()}

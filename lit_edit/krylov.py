@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_edit.linalg import procrustes
+from lit_edit.linalg import less_one, procrustes
 
 _FLOOR = 1e-14  # eigenvalues below this share of the largest are rounding
 _SHIFTS_PER_DECADE = 2.7
@@ -57,7 +57,7 @@ class Preserved:
 
     def turned(self, basis: Tensor, turn: Tensor) -> Preserved:
         """``Q S Qᵀ`` for ``Q = I + basis (turn − I) basisᵀ``: the eigenvectors turn, nothing else changes."""
-        return Preserved(self.values, self.vectors + basis @ _less_one(turn) @ (basis.T @ self.vectors), self.factor)
+        return Preserved(self.values, self.vectors + basis @ less_one(turn) @ (basis.T @ self.vectors), self.factor)
 
     def dense(self) -> Tensor:
         """``S (d, d)``."""
@@ -177,9 +177,3 @@ def _within(preserved: Preserved, v: Tensor, a: Tensor, basis: Tensor) -> tuple[
     turn = procrustes(matrix)  # where S has a null space, the one that turns it least
     everything = s.sum() + factor.square().sum()
     return turn, everything + ((turn * matrix).sum() - known.trace())
-
-
-def _less_one(turn: Tensor) -> Tensor:
-    less = turn.clone()
-    less.diagonal().sub_(1.0)
-    return less

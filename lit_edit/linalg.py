@@ -72,6 +72,13 @@ def procrustes(m: Tensor) -> Tensor:
     return u @ ht
 
 
+def less_one(q: Tensor) -> Tensor:
+    """``Q − I``, for a square ``Q``."""
+    less = q.clone()
+    less.diagonal().sub_(1.0)
+    return less
+
+
 def orthogonality_error(q: Tensor) -> float:
     """Largest absolute entry of ``QᵀQ − I``; 0 for an exactly orthogonal ``(d, d)`` matrix.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -171,8 +172,17 @@ class EditSession:
             own.setdefault(item.layer, item)
         self._warn_of_rounding(own.values())
         rows = [self.workspace.prompter.row(r.prompt, r.target_new) for r in plan.requests]
-        with watch.measure("score"):
-            p_target = score_targets(self.workspace.model, self.workspace.prompter, rows).log_prob.exp().tolist()
+        p_target = [math.nan] * len(rows)
+        try:
+            with watch.measure("score"):
+                p_target = score_targets(self.workspace.model, self.workspace.prompter, rows).log_prob.exp().tolist()
+        finally:  # the weights are edited, whatever becomes of the score: the journal must say so
+            edits = self._record(plan, own, p_target)
+        return edits
+
+    def _record(self, plan: Plan, own: dict[int, Applied], p_target: list[float]) -> list[Edit]:
+        """Writes a batch that was applied into the journal."""
+        watch = self.workspace.stopwatch
         stages = {stage: seconds / len(plan.requests) for stage, seconds in watch.take().items()}
         edits = []
         for i, request in enumerate(plan.requests):

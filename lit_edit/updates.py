@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lit_edit.linalg import orthogonality_error
+from lit_edit.linalg import less_one, orthogonality_error
 
 _ORTHOGONALITY_TOLERANCE = 1e-8
 _UpdateT = TypeVar("_UpdateT", bound="Update")
@@ -402,7 +402,7 @@ class ThinRotation(Update):
                 "first dimension must be the output's."
             )
         basis = self.basis.to(weight.device)
-        return basis @ (_less_one(turn).to(weight.device) @ (basis.T @ weight.detach().to(torch.float64)))
+        return basis @ (less_one(turn).to(weight.device) @ (basis.T @ weight.detach().to(torch.float64)))
 
     @property
     def norm(self) -> float:
@@ -442,7 +442,7 @@ class ThinKeyRotation(Update):
                 f"{tuple(weight.shape)}; the second dimension must be the input's."
             )
         basis = self.key_basis.to(weight.device)
-        return (weight.detach().to(torch.float64) @ basis) @ _less_one(turn).to(weight.device) @ basis.T
+        return (weight.detach().to(torch.float64) @ basis) @ less_one(turn).to(weight.device) @ basis.T
 
     @property
     def norm(self) -> float:
@@ -476,10 +476,4 @@ def _check_orthogonal(q: Tensor, kind: str) -> None:
 
 
 def _distance_from_identity(q: Tensor) -> float:
-    return float(torch.linalg.vector_norm(_less_one(q)))
-
-
-def _less_one(q: Tensor) -> Tensor:
-    less = q.clone()
-    less.diagonal().sub_(1.0)
-    return less
+    return float(torch.linalg.vector_norm(less_one(q)))

@@ -161,6 +161,10 @@ def test_a_family_that_names_no_blocks_is_refused() -> None:
     for blocks in ("model", "model.embed_tokens", "nowhere"):
         with pytest.raises(UnsupportedModelError, match=f"lacks {re.escape(blocks)}"):
             Architecture(model, Family(blocks, "mlp.down_proj"))
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers of this LlamaForCausalLM holds no blocks"):
+        Architecture(model, Family("model.layers", "mlp.down_proj"))
+    model, _ = tiny_model("llama")
     with pytest.raises(UnsupportedModelError, match=r"lacks model\.layers\.\*\.mlp\.fc2"):
         Architecture(model, Family("model.layers", "mlp.fc2"))
 

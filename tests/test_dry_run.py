@@ -371,6 +371,20 @@ def test_memory_at_hand_is_what_the_machine_has() -> None:
     assert found is None or found > 10_000_000
 
 
+def test_files_that_were_read_do_not_take_memory_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {
+        "memory.max": "5000\n",
+        "memory.current": "4500\n",
+        "memory.stat": "anon 1500\nactive_file 2000\ninactive_file 900\nfile 3000\n",
+    }.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    group = (str(tmp_path), "memory.max", "memory.current", ("active_file", "inactive_file"))
+    monkeypatch.setattr("lit_edit.commands.dry_run._GROUPS", (group,))
+    assert memory_at_hand(torch.device("cpu")) == 5000 - 4500 + 2900
+    (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")  # no limit: what the machine has
+    assert (memory_at_hand(torch.device("cpu")) or 1e9) > 5000
+
+
 # Time
 
 

@@ -125,6 +125,20 @@ def test_edits_that_are_lost_to_rounding_are_reported_once() -> None:
     edit(model, tokenizer, facts, FineTune([1], lr=1e-7, steps=1), corpus=[])  # in float32 nothing is said
 
 
+def test_an_edit_that_could_not_be_scored_is_in_the_journal_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("gpt2")
+    session = EditSession(model, tokenizer, FineTune([1], lr=1e-2, steps=1), [], "none")
+
+    def fail(*_: object) -> None:
+        raise MemoryError("on purpose")
+
+    monkeypatch.setattr("lit_edit.session.score_targets", fail)
+    with pytest.raises(MemoryError, match="on purpose"):
+        session.apply(session.plan(FACTS[:1]))
+    assert [edit.case_id for edit in session.journal] == [FACTS[0].case_id]
+    assert math.isnan(session.journal[0].p_target)
+
+
 @pytest.fixture
 def mose_run(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Callable[[str], tuple[LitEdit, MatrixStability]]:
     def run(dtype: str) -> tuple[LitEdit, MatrixStability]:

@@ -19,6 +19,7 @@ SMALLER = [
     "--stability.every_n=2",
     "--downstream.n_items=2",
     "--downstream.every_n=2",
+    "--model.corpus_tokens=4000",
 ]
 
 

@@ -417,6 +417,13 @@ def test_a_long_text_is_several_sequences_each_with_what_the_tokenizer_adds(leng
         assert sequences_of(tokenizer, text, length) == pieces(tokenizer, [text], length)
 
 
+def test_a_text_of_special_tokens_only_is_cut_as_any_other() -> None:
+    def flagging_all(text: str, **_: Any) -> dict[str, list[int]]:  # those written out in the text, too
+        return {"input_ids": [5] * len(text), "special_tokens_mask": [1] * len(text)}
+
+    assert sequences_of(flagging_all, "abcde", 3) == [[5, 5, 5], [5, 5]]  # type: ignore[arg-type]
+
+
 def test_what_stands_at_both_ends_stands_at_both_ends_of_each_sequence() -> None:
     _, tokenizer = with_bos()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -50,10 +50,16 @@ from lit_edit.workspace import Workspace
 SAMPLED_TOKENS = 2048  # of the corpus, where its statistics are not there yet
 LONG = 60.0  # seconds of a batch after which no second one is rehearsed
 ASKED = 8  # requests that the time of an evaluation is taken from
-# Of the control group that a process runs in: the most it may take, and what it has taken; of version 2, then of 1.
-_GROUP_LIMITS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+# Of the control group that a process runs in: the most it may take, what it has taken, and what of that is files that
+# were read, which give way to whatever needs the room; of version 2, then of 1.
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
 )
 _RIDGE = 1e-6  # of the mean eigenvalue: makes covariances of a sample invertible, as those of the whole corpus are
 
@@ -145,10 +151,11 @@ def memory_at_hand(device: torch.device) -> int | None:
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
-    for limit, used in _GROUP_LIMITS:
-        both = [*_lines(Path(limit)), *_lines(Path(used))]
+    for folder, limit, used, files in _GROUPS:
+        both = [*_lines(Path(folder, limit)), *_lines(Path(folder, used))]
         if len(both) == 2 and both[0].isdigit() and both[1].isdigit():
-            found.append(int(both[0]) - int(both[1]))
+            kinds = dict(line.split() for line in _lines(Path(folder, "memory.stat")))
+            found.append(int(both[0]) - int(both[1]) + sum(int(kinds.get(kind, 0)) for kind in files))
     return min(found, default=None)
 
 

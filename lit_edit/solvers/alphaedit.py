@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lit_edit.linalg import check_null_space_choice, solve_spd
 from lit_edit.solvers.base import Problem, Solver, check_positive
-from lit_edit.solvers.kept import FOLD_AT, KeptProjection
+from lit_edit.solvers.kept import KeptProjection, room_for_keys
 from lit_edit.updates import LowRank
 
 
@@ -75,7 +77,7 @@ class AlphaEdit(Solver):
 
     def kept_size(self, d: int, p: int) -> int:
         """The projector, what remembered keys make of it, and the last of them as they are and solved for."""
-        return 2 * p * p + 2 * p * max(FOLD_AT, p // 16) if self.use_memory else p * p
+        return 2 * p * p + room_for_keys(p) if self.use_memory else p * p
 
     def projector(self, problem: Problem) -> Tensor:
         """``P (p, p)`` in float64 for the problem's layer, computed once per covariance.
@@ -87,8 +89,9 @@ class AlphaEdit(Solver):
 
     def _projection(self, covariance: Tensor, layer: str, like: Tensor) -> KeptProjection:
         kept = self._kept.get(layer)
-        if kept is not None and kept.is_of(covariance, like.device):
-            return kept
+        chosen = (self.threshold, self.energy)
+        if kept is not None and kept.is_of(covariance, like.device) and kept.chosen_by == chosen:
+            return kept if kept.ridge == self.ridge else replace(kept.forgetting(), ridge=self.ridge)
         kept = KeptProjection.of(covariance, self.ridge, like, threshold=self.threshold, energy=self.energy)
         if kept is None:
             raise ValueError(self._no_null_space(covariance, layer))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_edit.linalg import solve_spd
 from lit_edit.solvers.base import Problem, Solver, check_positive
+from lit_edit.solvers.kept import room_for_keys
 from lit_edit.updates import LowRank
 
 # Of the keys' Gram matrix in G⁻¹, scaled to a unit diagonal: with less, two facts stand on what float32 rounding left
@@ -40,8 +41,8 @@ class EMMET(Solver):
         self.ridge = check_positive(ridge, "EMMET's ridge") if ridge else 0.0
 
     def kept_size(self, d: int, p: int) -> int:
-        """The factor of the key covariance."""
-        return p * p
+        """The factor of the key covariance, and room for remembered keys."""
+        return p * p + (room_for_keys(p) if self.use_memory else 0)
 
     @torch.no_grad()
     def solve(self, problem: Problem) -> LowRank:

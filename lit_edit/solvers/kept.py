@@ -27,7 +27,8 @@ class Kept(ABC):
     Args:
         covariance: ``C (p, p)``, the tensor itself: solvers know a layer's statistics by identity.
         version: how often it had been changed in place.
-        remembered: ``M (p, m)``, all of them.
+        known: how many keys are remembered, those in ``B`` included.
+        marked: a few of them (see `marks`); the solver's problems have them all.
         fresh: ``F (p, f)``, those that are not in ``B`` yet.
         solved: ``B⁻¹ F (p, f)``.
         inner: lower Cholesky factor of ``I + Fᵀ B⁻¹ F``, ``(f, f)``.
@@ -35,7 +36,8 @@ class Kept(ABC):
 
     covariance: Tensor
     version: int
-    remembered: Tensor
+    known: int
+    marked: Tensor
     fresh: Tensor
     solved: Tensor
     inner: Tensor
@@ -50,23 +52,19 @@ class Kept(ABC):
 
     def is_of(self, covariance: Tensor, device: torch.device) -> bool:
         """Whether it is of this covariance as it is now, on this device."""
-        return (
-            covariance is self.covariance
-            and version_of(covariance) == self.version
-            and device == self.remembered.device
-        )
+        return covariance is self.covariance and version_of(covariance) == self.version and device == self.marked.device
 
     def begins(self, remembered: Tensor) -> bool:
         """Whether its remembered keys are the first of these, as far as a few of them tell."""
-        known = self.remembered.shape[1]
-        return remembered.shape[1] >= known and torch.equal(marks(remembered, known), marks(self.remembered, known))
+        return remembered.shape[1] >= self.known and torch.equal(marks(remembered, self.known), self.marked)
 
     def with_all(self, remembered: Tensor) -> Self:
         """With the keys that have come since."""
         kept = self
-        for column in remembered[:, self.remembered.shape[1] :].T:
+        for column in remembered[:, self.known :].T:
             kept = kept._with(column[:, None])
-        return kept if kept is self else replace(kept, remembered=remembered)
+        m = remembered.shape[1]
+        return kept if kept is self else replace(kept, known=m, marked=marks(remembered, m))
 
     def _with(self, column: Tensor) -> Self:
         solved = self.alone(column)
@@ -131,7 +129,7 @@ class KeptGram(Kept):
             factor = cholesky_spd(gram)
         except NotPositiveDefiniteError:  # the identity of Woodbury asks for less
             return self
-        none = self.fresh[:, :0]
+        none = self.fresh[:, :0].clone()
         return replace(self, factor=factor, fresh=none, solved=none, inner=none.T @ none)
 
 
@@ -144,12 +142,14 @@ class KeptProjection(Kept):
     Args:
         projector: ``P (p, p)``.
         ridge: as above.
-        inverse: ``P B⁻¹ P``, ``(p, p)``; ``P / ridge`` until keys go in.
+        inverse: ``ridge P B⁻¹ P``, ``(p, p)``; ``P`` until keys go in.
+        chosen_by: the threshold and the energy that ``P`` was chosen by.
     """
 
     projector: Tensor
     ridge: float
     inverse: Tensor
+    chosen_by: tuple[float | None, float | None] = (None, None)
 
     @classmethod
     def of(
@@ -167,7 +167,9 @@ class KeptProjection(Kept):
         projector, dimension = null_space_projector(covariance.to(like.device), threshold=threshold, energy=energy)
         if not dimension:
             return None
-        return cls(covariance, version_of(covariance), *_no_keys(like), projector, ridge, projector)
+        return cls(
+            covariance, version_of(covariance), *_no_keys(like), projector, ridge, projector, (threshold, energy)
+        )
 
     def alone(self, x: Tensor) -> Tensor:
         """``P B⁻¹ P x``, for ``x (p, n)``."""
@@ -175,20 +177,27 @@ class KeptProjection(Kept):
 
     def forgetting(self) -> KeptProjection:
         """Without remembered keys."""
-        remembered, fresh, solved, inner = _no_keys(self.remembered)
-        return replace(self, inverse=self.projector, remembered=remembered, fresh=fresh, solved=solved, inner=inner)
+        known, marked, fresh, solved, inner = _no_keys(self.marked)
+        return replace(
+            self, inverse=self.projector, known=known, marked=marked, fresh=fresh, solved=solved, inner=inner
+        )
 
     def folded(self) -> KeptProjection:
         """With the fresh keys in ``B``."""
         half = torch.linalg.solve_triangular(self.inner, self.solved.T, upper=False)
-        none = self.fresh[:, :0]
+        none = self.fresh[:, :0].clone()
         inverse = torch.addmm(self.inverse, half.T, half, alpha=-self.ridge)
         return replace(self, inverse=inverse, fresh=none, solved=none, inner=none.T @ none)
 
 
-def _no_keys(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = like[:, :0]
-    return none, none, none, none.T @ none
+def _no_keys(like: Tensor) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+    none = like[:, :0].clone()  # a view would keep all of it
+    return 0, none, none, none, none.T @ none
+
+
+def room_for_keys(p: int) -> int:
+    """How many numbers are kept at most beside ``B`` for remembered keys of size ``p``."""
+    return 2 * p * max(FOLD_AT, p // 16)
 
 
 def marks(remembered: Tensor, known: int) -> Tensor:
@@ -196,4 +205,4 @@ def marks(remembered: Tensor, known: int) -> Tensor:
 
     Keys are never the same by chance, and comparing all of them would take the longer the more there are.
     """
-    return remembered[:, sorted({0, known // 3, 2 * known // 3, known - 1})] if known else remembered[:, :0]
+    return remembered[:, sorted({0, known // 3, 2 * known // 3, known - 1}) if known else []]

@@ -6,6 +6,7 @@ import torch
 
 from lit_edit.linalg import NotPositiveDefiniteError, solve_spd
 from lit_edit.solvers.base import Problem, Solver, check_positive, preserved_gram
+from lit_edit.solvers.kept import room_for_keys
 from lit_edit.updates import LowRank
 
 
@@ -30,8 +31,8 @@ class MEMIT(Solver):
         self.preservation = check_positive(preservation, "MEMIT's preservation")
 
     def kept_size(self, d: int, p: int) -> int:
-        """The factor of the key covariance."""
-        return p * p
+        """The factor of the key covariance, and room for remembered keys."""
+        return p * p + (room_for_keys(p) if self.use_memory else 0)
 
     @torch.no_grad()
     def solve(self, problem: Problem) -> LowRank:

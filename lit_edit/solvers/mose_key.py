@@ -100,7 +100,7 @@ class MOSEKey(Solver):
         kept = self._kept.get(problem.layer)
         if kept is None or not kept.belongs_to(given, remembered, self.preservation):
             base = Preserved.of(self.preservation * given.detach().to(keys))
-            kept = _Kept(given, version_of(given), self.preservation, base, remembered[:, :0])
+            kept = _Kept(given, version_of(given), self.preservation, base, 0, marks(remembered, 0))
         kept = self._kept[problem.layer] = kept.with_all(remembered)
         solution = procrustes_near_identity(kept.preserved, wanted, keys)
         return ThinKeyRotation(solution.basis, solution.turn)
@@ -133,33 +133,35 @@ class MOSEKey(Solver):
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """``λ C + M Mᵀ`` by eigenvectors, with the covariance and the remembered keys it was made from."""
+    """``λ C + M Mᵀ`` by eigenvectors, with the covariance that it was made from and marks of the remembered keys."""
 
     covariance: Tensor
     version: int
     preservation: float
     preserved: Preserved
-    remembered: Tensor
+    known: int
+    marked: Tensor
 
     def belongs_to(self, covariance: Tensor, remembered: Tensor, preservation: float) -> bool:
-        known = self.remembered.shape[1]
         return (
             covariance is self.covariance
             and version_of(covariance) == self.version
             and preservation == self.preservation
-            and remembered.shape[1] >= known
-            and torch.equal(marks(remembered, known), marks(self.remembered, known))
+            and remembered.device == self.marked.device
+            and remembered.shape[1] >= self.known
+            and torch.equal(marks(remembered, self.known), self.marked)
         )
 
     def with_all(self, remembered: Tensor) -> _Kept:
         # One by one, so that the result does not depend, to the last bit, on how many came at once: a run that goes on
         # from a checkpoint gets all of them together.
         preserved = self.preserved
-        for column in remembered[:, self.remembered.shape[1] :].T:
+        for column in remembered[:, self.known :].T:
             preserved = preserved.with_columns(column[:, None])
             if preserved.factor.shape[1] >= FOLD_AT:
                 preserved = preserved.folded()
-        return replace(self, preserved=preserved, remembered=remembered)
+        m = remembered.shape[1]
+        return replace(self, preserved=preserved, known=m, marked=marks(remembered, m))
 
 
 def matched_keys(weight: Tensor, keys: Tensor, targets: Tensor) -> Tensor:

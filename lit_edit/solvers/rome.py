@@ -6,6 +6,7 @@ import torch
 
 from lit_edit.linalg import solve_spd
 from lit_edit.solvers.base import Problem, Solver, check_positive, preserved_gram
+from lit_edit.solvers.kept import room_for_keys
 from lit_edit.updates import LowRank
 
 
@@ -38,8 +39,10 @@ class ROME(Solver):
         self.preservation = check_positive(preservation, "ROME's preservation")
 
     def kept_size(self, d: int, p: int) -> int:
-        """The factor of the key covariance."""
-        return p * p if self.needs_covariance else 0
+        """The factor of the key covariance, and room for remembered keys."""
+        if not self.needs_covariance:
+            return 0
+        return p * p + (room_for_keys(p) if self.use_memory else 0)
 
     def check_batch_size(self, batch_size: int) -> None:
         """Refuses batches of several requests."""

@@ -46,6 +46,23 @@ class Collector(ABC):
         self.metrics: dict[str, Metric] = {}
         self.summands = 0
 
+    @staticmethod
+    def check_ran_once(runs: Mapping[str, int]) -> None:
+        """Raises unless every module ran once in a pass.
+
+        Args:
+            runs: how often, by the module's name.
+
+        Raises:
+            StatisticsError: naming those that did not.
+        """
+        wrong = [f"{name} ran {times} times" for name, times in runs.items() if times != 1]
+        if wrong:
+            raise StatisticsError(
+                f"In one forward pass each module must see every token once, but {', '.join(wrong)}. Are these the "
+                "projections of this very model?"
+            )
+
     @abstractmethod
     def remove(self) -> None:
         """Takes the hooks off the modules."""
@@ -425,14 +442,16 @@ def sequences_of(tokenizer: PreTrainedTokenizerBase, text: str, longest: int) ->
     ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     if len(ids) <= longest:
         return [ids] if ids else []
-    start = next((i for i, special in enumerate(added) if not special), len(ids))
-    end = next((i for i in range(len(ids), start, -1) if not added[i - 1]), start)
+    if all(added):  # special tokens written out in the text
+        return [ids[i : i + longest] for i in range(0, len(ids), longest)]
+    start = next(i for i, special in enumerate(added) if not special)
+    end = next(i for i in range(len(ids), start, -1) if not added[i - 1])
     head, tail = ids[:start], ids[end:]
     room = longest - len(head) - len(tail)
     if room < 1:
         raise StatisticsError(
             f"sequence_length is {longest}, and the tokenizer adds {len(head) + len(tail)} tokens to each text: there "
-            "is no room for any of its own."
+            "is no room for any of its own. Raise sequence_length."
         )
     return [head + ids[i : min(i + room, end)] + tail for i in range(start, end, room)]
 

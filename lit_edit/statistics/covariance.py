@@ -219,12 +219,7 @@ class KeyCollector(Collector):
         self._mask, self._seen = mask, []
         yield
         self._mask = None
-        wrong = [f"{name} ran {self._seen.count(name)} times" for name in self.names if self._seen.count(name) != 1]
-        if wrong:
-            raise StatisticsError(
-                f"In one forward pass each module must see every token once, but {', '.join(wrong)}. Are these the "
-                "projections of this very model?"
-            )
+        self.check_ran_once({name: self._seen.count(name) for name in self.names})
 
     def _hook(self, name: str) -> Any:
         def read(module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -179,12 +179,7 @@ class GradientCollector(Collector):
         self._on, self._runs = True, {name: [] for name in self.names}
         yield
         self._on = False
-        wrong = [f"{name} ran {len(runs)} times" for name, runs in self._runs.items() if len(runs) != 1]
-        if wrong:
-            raise StatisticsError(
-                f"In one forward pass each module must see every token once, but {', '.join(wrong)}. Are these the "
-                "projections of this very model?"
-            )
+        self.check_ran_once({name: len(runs) for name, runs in self._runs.items()})
 
     def _hook(self, name: str) -> Any:
         def add_zeros(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

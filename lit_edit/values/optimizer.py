@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_edit.keys import KeyAverage, compute_keys
+from lit_edit.keys import ROWS_AT_ONCE, KeyAverage, compute_keys
 from lit_edit.prompts import Row
 from lit_edit.requests import EditRequest
 from lit_edit.restraints import Ground
@@ -186,10 +186,21 @@ class ValueOptimizer:
         number = len(workspace.contexts if contexts is None else contexts) + bool(self.kl_factor)
         together = max(1, self.max_rows // number)
         problems = list(problems)
-        parts = [
-            self._optimise(workspace, requests, problems[i : i + together], average, steps, contexts, grounds)
-            for i in range(0, len(problems), together)
-        ]
+        parts = []
+        for i in range(0, len(problems), together):
+            part = problems[i : i + together]
+            place = {request: at for at, request in enumerate(dict.fromkeys(p.request for p in part))}
+            parts.append(
+                self._optimise(
+                    workspace,
+                    [requests[request] for request in place],
+                    [ValueProblem(place[p.request], p.layers) for p in part],
+                    average,
+                    steps,
+                    contexts,
+                    grounds,
+                )
+            )
         return Values(
             problems,
             [target for part in parts for target in part.targets],
@@ -449,11 +460,16 @@ def _look_every(device: torch.device) -> int:
 @torch.no_grad()
 def block_outputs(workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[int, Tensor]:
     """Outputs of blocks at the subject's last token under the bare edit prompt: for each layer (d, n), float32."""
-    rows = [workspace.prompter.row(r.prompt, r.target_new, r.subject, r.source).up_to_subject() for r in requests]
-    batch = workspace.prompter.collate(rows, workspace.device)
-    with read_outputs(
-        {layer: workspace.architecture[layer].block for layer in layers}, batch.input_ids.shape[1]
-    ) as seen:
-        workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    at = torch.arange(len(rows), device=workspace.device)
-    return {layer: seen[layer][at, batch.subject_last].float().T for layer in layers}
+    every = [workspace.prompter.row(r.prompt, r.target_new, r.subject, r.source).up_to_subject() for r in requests]
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for first in range(0, len(every), ROWS_AT_ONCE):
+        rows = every[first : first + ROWS_AT_ONCE]
+        batch = workspace.prompter.collate(rows, workspace.device)
+        with read_outputs(
+            {layer: workspace.architecture[layer].block for layer in layers}, batch.input_ids.shape[1]
+        ) as seen:
+            workspace.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        at = torch.arange(len(rows), device=workspace.device)
+        for layer in layers:
+            found[layer].append(seen[layer][at, batch.subject_last].float().T)
+    return {layer: torch.cat(parts, dim=1) for layer, parts in found.items()}

@@ -72,6 +72,12 @@ def test_alphaedit_with_remembered_keys_folded_in(make_problem, folding) -> None
     fresh = AlphaEdit(threshold=None, energy=0.2, ridge=0.3).solve(shorter).delta(whole.weight)
     torch.testing.assert_close(solver.solve(shorter).delta(whole.weight), fresh, rtol=0, atol=0)
     assert solver._kept[whole.layer].projector is kept
+    solver.ridge = 3.0
+    fresh = AlphaEdit(threshold=None, energy=0.2, ridge=3.0).solve(whole).delta(whole.weight)
+    torch.testing.assert_close(solver.solve(whole).delta(whole.weight), fresh, rtol=0, atol=0)
+    solver.energy = 0.05
+    fresh = AlphaEdit(threshold=None, energy=0.05, ridge=3.0).solve(whole).delta(whole.weight)
+    torch.testing.assert_close(solver.solve(whole).delta(whole.weight), fresh, rtol=0, atol=0)
 
 
 def test_it_belongs_to_one_covariance_and_one_past(parts) -> None:
