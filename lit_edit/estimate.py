@@ -31,6 +31,7 @@ from torch import nn
 from lit_edit.editors import Editor, LocateThenEdit
 from lit_edit.layers import ActivationSelection, FixedLayers, WilKE
 from lit_edit.requests import EditRequest
+from lit_edit.values.optimizer import MOST_ROWS
 from lit_edit.workspace import Workspace
 
 _COLLECTED_AT_ONCE = 16 * 256  # tokens in a forward pass over the corpus
@@ -143,7 +144,7 @@ def _values(
     layers = editor.editable_layers(workspace)
     policy, blocks = editor.layers, len(workspace.architecture)
     above = (blocks - (layers[-1] if editor.values.site == "block" else layers[0])) / blocks
-    most = max(editor.values.max_rows, contexts + 1 + kl)
+    most = max(editor.values.max_rows or MOST_ROWS, contexts + 1 + kl)
     rows = min(batch * (contexts + 1 + kl), most)
     found = _passes(workspace, rows, tokens + (length if contexts else 0), target, vocabulary, itemsize, above)
     if isinstance(policy, FixedLayers):

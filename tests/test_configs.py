@@ -251,7 +251,7 @@ UNSAID: dict[str, tuple[tuple[Any, ...], str]] = {
     "values.site": (("mlp", "block"), "what v* is a value of is the method's, not the model's"),
     "values.stop_loss": ((0.05,), "the same in every source"),
     "values.complete_passes": ((False,), "a matter of speed; both give the same values"),
-    "values.max_rows": ((1024,), "a matter of memory; any number gives the same values"),
+    "values.max_rows": ((None,), "a matter of memory; any number gives the same values"),
     "values.schedule.saliency": ((True,), "the method; false is an ablation"),
     "values.schedule.elastic_net": ((True,), "the method; false is an ablation"),
     "values.schedule.eps": ((1e-8,), "published without a number: it only keeps a division from failing"),

@@ -11,6 +11,7 @@ from lit_edit.linalg import (
     orthogonality_error,
     procrustes,
     singular_values,
+    solve_factored,
     solve_spd,
     spectral_norm,
     spectrum_summary,
@@ -265,3 +266,10 @@ def test_spectral_norm_of_random_matrices_and_of_none() -> None:
         assert spectral_norm(matrix) == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-9)
     with pytest.raises(ValueError, match=r"shape \(0, 3\) has no spectral norm"):
         spectral_norm(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_solve_factored_solves_with_both_triangles(n: int) -> None:
+    root = normal(30, 30)
+    a, b = root @ root.T + torch.eye(30, dtype=torch.float64), normal(30, n, seed=1)
+    torch.testing.assert_close(a @ solve_factored(torch.linalg.cholesky(a), b), b, rtol=0, atol=1e-10)

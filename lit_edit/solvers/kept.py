@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lit_edit.linalg import NotPositiveDefiniteError, cholesky_spd, null_space_projector, version_of
+from lit_edit.linalg import NotPositiveDefiniteError, cholesky_spd, null_space_projector, solve_factored, version_of
 
 FOLD_AT = 64  # remembered keys beside what is kept, at least; and never fewer than a sixteenth of the key's size
 
@@ -88,7 +88,7 @@ class Kept(ABC):
         alone = self.alone(x)
         if not self.fresh.shape[1]:
             return alone
-        return alone - self.solved @ torch.cholesky_solve(self.fresh.T @ alone, self.inner)
+        return alone - self.solved @ solve_factored(self.inner, self.fresh.T @ alone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ class KeptGram(Kept):
 
     def alone(self, x: Tensor) -> Tensor:
         """``B⁻¹ x``, for ``x (p, n)``."""
-        return torch.cholesky_solve(x, self.factor)
+        return solve_factored(self.factor, x)
 
     def folded(self) -> KeptGram:
         """With the fresh keys in ``B``; as it is where the sum is too ill-conditioned to be factorised."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.krylov import Preserved, procrustes_near_identity
-from lit_edit.linalg import procrustes, solve_spd, version_of
+from lit_edit.linalg import procrustes, solve_factored, solve_spd, version_of
 from lit_edit.solvers.base import Problem, Solver, check_positive
 from lit_edit.solvers.kept import marks
 from lit_edit.updates import KeyRotation, ThinKeyRotation, Update
@@ -209,13 +209,13 @@ def _refined(weight: Tensor, outputs: Tensor, triangle: Tensor) -> Tensor | None
 
     The triangle may be that of a weight before rounding.
     """
-    found = weight.T @ torch.cholesky_solve(outputs, triangle)
+    found = weight.T @ solve_factored(triangle, outputs)
     size = torch.linalg.vector_norm(outputs)
     for _ in range(_CORRECTIONS):
         left = outputs - weight @ found
         if bool(torch.linalg.vector_norm(left) <= _EXACT * size):
             return found
-        found = found + weight.T @ torch.cholesky_solve(left, triangle)
+        found = found + weight.T @ solve_factored(triangle, left)
     return None
 
 

@@ -25,6 +25,10 @@ from lit_edit.values.penalties import Penalty
 from lit_edit.values.schedules import Descent, Plain, Schedule, Stage
 from lit_edit.workspace import Workspace
 
+MOST_ROWS = 1024
+"""Texts in a pass where nothing else is said."""
+_ROWS_ON_CPU = 64  # what a pass over more of them writes does not stay in the caches
+
 
 @dataclass(frozen=True)
 class ValueProblem:
@@ -120,7 +124,8 @@ class ValueOptimizer:
             cannot reach. The numbers are the same to rounding; for comparison, and for models whose passes cannot be
             cut, which always run complete ones.
         max_rows: the most texts in a pass, which bounds its memory: a problem has one for each context, and one for the
-            KL term. A batch that has more is worked through in parts, with the same result.
+            KL term. A batch that has more is worked through in parts, with the same result. None takes 1,024, but 64
+            on a CPU, where more at once are slower.
 
     Raises:
         ValueError: for a constraint that the site or the schedule cannot take, or numbers out of range.
@@ -139,7 +144,7 @@ class ValueOptimizer:
         penalties: list[Penalty] | None = None,
         schedule: Schedule | None = None,
         complete_passes: bool = False,
-        max_rows: int = 1024,
+        max_rows: int | None = None,
     ) -> None:
         self.constraint = constraint if constraint is not None else NormClamp(4.0)
         if site == "block" and self.constraint.replaces:
@@ -154,7 +159,7 @@ class ValueOptimizer:
         self.stop_loss, self.kl_factor, self.weight_decay = stop_loss, kl_factor, weight_decay
         self.penalties = list(penalties or [])
         self.schedule = schedule if schedule is not None else Plain()
-        if max_rows < 1:
+        if max_rows is not None and max_rows < 1:
             raise ValueError(f"Values need max_rows of at least 1, not {max_rows}.")
         self.complete_passes, self.max_rows = complete_passes, max_rows
         self.schedule.check(self.constraint)
@@ -184,7 +189,7 @@ class ValueOptimizer:
                 policies do, which compare candidates by the plain loss.
         """
         number = len(workspace.contexts if contexts is None else contexts) + bool(self.kl_factor)
-        together = max(1, self.max_rows // number)
+        together = max(1, self.rows_at_once(workspace.device) // number)
         problems = list(problems)
         parts = []
         for i in range(0, len(problems), together):
@@ -208,6 +213,12 @@ class ValueOptimizer:
             [chance for part in parts for chance in part.probability],
             [taken for part in parts for taken in part.steps],
         )
+
+    def rows_at_once(self, device: torch.device) -> int:
+        """The most texts in a pass."""
+        if self.max_rows is not None:
+            return self.max_rows
+        return _ROWS_ON_CPU if device.type == "cpu" else MOST_ROWS
 
     def _optimise(
         self,
