@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
@@ -14,11 +16,12 @@ from lit_edit.results import ResultsLogger, results_table
 
 
 class ResultsTable(Callback):
-    """Prints `lit_edit.results.results_table` when the run ends and writes the run's duration into ``results.json``.
+    """Prints `lit_edit.results.results_table` when the run ends, and writes duration and memory into ``results.json``.
 
     Needs a `lit_edit.results.ResultsLogger` among the trainer's loggers; without one it warns and does nothing else.
-    The ``seconds`` of a resumed run are added to those already in the file. A module with a ``journal`` of edits
-    (`LitEdit`) also leaves ``seconds_per_edit``: the mean by stage, see `lit_edit.journal.Journal.seconds_by_stage`.
+    The ``seconds`` of a resumed run are added to those already in the file. ``peak_memory_bytes`` is what `peak_memory`
+    gives. A module with a ``journal`` of edits (`LitEdit`) also leaves ``seconds_per_edit``: the mean by stage, see
+    `lit_edit.journal.Journal.seconds_by_stage`.
 
     Example:
         >>> callback = ResultsTable()
@@ -47,11 +50,25 @@ class ResultsTable(Callback):
         if self._started is not None:
             before = results.run.get("seconds") or 0.0
             results.log_run({"seconds": round(before + time.monotonic() - self._started, 3)})
+        if (peak := peak_memory(trainer.strategy.root_device)) is not None:
+            results.log_run({"peak_memory_bytes": peak})
         journal = getattr(pl_module, "journal", None)
         if isinstance(journal, Journal) and len(journal):
             seconds = {stage: round(mean, 6) for stage, mean in journal.seconds_by_stage().items()}
             results.log_run({"seconds_per_edit": seconds})
         Console().print(results_table(results.records))
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory taken, in bytes: on a GPU by tensors, else by the process; None where nobody counts it."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows has no such count
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _results_of(trainer: Trainer) -> ResultsLogger | None:

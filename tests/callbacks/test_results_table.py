@@ -38,6 +38,7 @@ def test_seconds_are_written_and_add_up(editor, make_trainer, edit_loader, tmp_p
     make_trainer(ResultsTable(), Reliability(), logger=ResultsLogger(tmp_path)).fit(editor, edit_loader(2, 1))
     first = read_results(tmp_path).run["seconds"]
     assert first > 0
+    assert 50e6 < read_results(tmp_path).run["peak_memory_bytes"] < 1e12  # torch alone takes more than the first
     make_trainer(ResultsTable(), Reliability(), logger=ResultsLogger(tmp_path)).fit(editor, edit_loader(2, 1))
     assert read_results(tmp_path).run["seconds"] > first
     assert [record["edits"] for record in read_results(tmp_path).records] == [0, 2, 4]
