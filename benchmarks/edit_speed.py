@@ -404,8 +404,9 @@ def show(found: dict[str, list[dict[str, Any]]], steps: int) -> None:
                 "package",
                 "complete / package",
                 "published / package",
-                "roofline",
-                "package / roofline",
+                "operations",
+                "limit",
+                "package / limit",
             ],
             table,
         )

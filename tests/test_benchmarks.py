@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ def test_bench_writes_figures_and_tables(tmp_path: Path) -> None:
     assert [row["solver"] for row in found["sequence"]] == ["MOSE", "MOSEKey", "ROME", "EMMET", "MEMIT", "AlphaEdit"]
     assert [row["method"] for row in found["edits"]] == ["mose", "memit"]
     assert said.count("\n|---|") == 5
+    for table in re.findall(r"(?:^\|.*\|\n)+", said, flags=re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
 
 def test_an_unknown_section_is_named() -> None:
