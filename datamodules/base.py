@@ -160,8 +160,8 @@ class EditDataModule(LightningDataModule):
             except RequestError as error:
                 refused.append(str(error))
         if refused and self.on_bad_record == "raise":
-            error = refusal(refused, len(records))
-            raise RequestError(f"{error} (--data.on_bad_record=skip leaves such records out and lists them.)")
+            refusals = refusal(refused, len(records))
+            raise RequestError(f"{refusals} (--data.on_bad_record=skip leaves such records out and lists them.)")
         if refused:
             more = f"; {len(refused) - 3} more are in `refused`" if len(refused) > 3 else ""
             rank_zero_warn(

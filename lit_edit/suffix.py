@@ -2,9 +2,10 @@
 
 A value is tried at the subject's last token, in some first layer. Causal attention keeps it from every token to the
 left, and the blocks below that layer never see it. So the blocks below need not run again, and of the tokens to the
-left only their attention keys and values are needed; both are taken from one complete pass. Rows that differ in their
-first layer share a pass all the same: each joins it at its own block. Of the logits only those that a loss reads are
-computed.
+left only their attention keys and values are needed; both are taken from one complete pass. The first layer's own block
+need not run either where a change of its MLP's output arrives at the block's output as it is, as it does in a residual
+stream without a norm behind the MLP. Rows that differ in their first layer share a pass all the same: each joins it at
+its own block. Of the logits only those that a loss reads are computed.
 
 Nothing here is an approximation. What is used of `transformers` is public: a cache passed as ``past_key_values``,
 explicit ``position_ids``, and hooks on blocks and on the output embeddings.
@@ -15,15 +16,52 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lit_edit.architectures import Layer
 from lit_edit.prompts import Batch
-from lit_edit.taps import change_outputs, logits_only_at, output_embeddings
+from lit_edit.taps import change_outputs, logits_only_at, output_embeddings, read_outputs
+
+Site = Literal["mlp", "block"]
+"""What a value is the output of: the MLP's last projection, or the whole block."""
+
+New = Callable[[Tensor, Tensor], Tensor]
+"""From outputs (n, d) and which rows they are of (n,) to what they become (n, d), in float32 at least."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the outputs of one module are changed.
+
+    Args:
+        module: a projection, or a block.
+        row: (n,), in its output.
+        column: (n,), likewise.
+        which: (n,), of the rows that were asked for.
+        base: where the module is a block and the change is one of its projection's outputs: these outputs (n, d), which
+            the block's take the difference from. None where the module's own output becomes what it is changed to.
+    """
+
+    module: nn.Module
+    row: Tensor
+    column: Tensor
+    which: Tensor
+    base: Tensor | None = None
+
+    def changed(self, output: Tensor, new: New) -> Tensor:
+        """The module's output (rows, tokens, d) with what is new in it."""
+        at = (self.row, self.column)
+        if self.base is None:
+            there = new(output[at], self.which)
+        else:
+            there = new(self.base, self.which)
+            there = output[at].to(there.dtype) + (there - self.base.to(there.dtype))
+        return output.index_put(at, there.to(output.dtype))
 
 
 class _Kept(DynamicLayer):
@@ -57,21 +95,46 @@ class Passes(ABC):
         """
 
     @abstractmethod
-    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the subject's last tokens of some rows stand in the outputs of modules: (row, column), both (n,)."""
+    def places(self, layer: int, rows: Sequence[int]) -> list[Place]:
+        """Where to change the outputs of a layer at the subject's last tokens of some rows.
+
+        Args:
+            layer: index of a block.
+            rows: which; none whose first block is above the layer.
+
+        Returns:
+            Places that together have every row once; none for no rows.
+        """
 
     @abstractmethod
-    def logits(self, rows: Tensor, columns: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
+    def logits(self, rows: Tensor, columns: Tensor, changes: Sequence[tuple[Place, New]]) -> Tensor:
         """Logits at some places, with outputs of modules changed.
 
         Args:
             rows: (n,), of the places to read.
             columns: (n,), counted from each row's subject's last token, which is 0; not below.
-            changes: a function of the output (rows, tokens, d) for each module to change, at `places`.
+            changes: what is changed, at `places`; a place no more than once.
 
         Returns:
             (n, vocabulary), in the model's dtype.
         """
+
+
+def _by_module(changes: Sequence[tuple[Place, New]]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """For every module the function that makes all changes of its output."""
+
+    def of(mine: list[tuple[Place, New]]) -> Callable[[Tensor], Tensor]:
+        def change(output: Tensor) -> Tensor:
+            for place, new in mine:
+                output = place.changed(output, new)
+            return output
+
+        return change
+
+    found: dict[nn.Module, list[tuple[Place, New]]] = {}
+    for place, new in changes:
+        found.setdefault(place.module, []).append((place, new))
+    return {module: of(mine) for module, mine in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,35 +143,40 @@ class CompletePasses(Passes):
 
     Args:
         model: the model.
+        layers: all its blocks.
         batch: the rows, each with its subject's last token.
+        site: what is changed.
     """
 
     model: nn.Module
+    layers: Sequence[Layer]
     batch: Batch
+    site: Site = "mlp"
 
-    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def places(self, layer: int, rows: Sequence[int]) -> list[Place]:
         """The rows themselves, and where the token is in the text."""
-        return rows, self.batch.subject_last[rows]
+        part = self.layers[layer]
+        at = torch.tensor(list(rows), dtype=torch.long, device=self.batch.input_ids.device)
+        module = part.block if self.site == "block" else part.projection
+        return [Place(module, at, self.batch.subject_last[at], torch.arange(len(at), device=at.device))][: len(at)]
 
     def select(self, rows: Sequence[int], firsts: Sequence[int]) -> CompletePasses:
         """Some of the rows, without columns that none of them needs."""
         at = torch.tensor(list(rows), device=self.batch.input_ids.device)
         width = int(self.batch.attention_mask[at].sum(1).max())
-        return CompletePasses(
-            self.model,
-            Batch(
-                self.batch.input_ids[at, :width],
-                self.batch.attention_mask[at, :width],
-                self.batch.labels[at, :width],
-                self.batch.subject_last[at],
-            ),
+        batch = Batch(
+            self.batch.input_ids[at, :width],
+            self.batch.attention_mask[at, :width],
+            self.batch.labels[at, :width],
+            self.batch.subject_last[at],
         )
+        return replace(self, batch=batch)
 
-    def logits(self, rows: Tensor, columns: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
+    def logits(self, rows: Tensor, columns: Tensor, changes: Sequence[tuple[Place, New]]) -> Tensor:
         """By one complete pass; the head sees only the places to read."""
         ids, mask = self.batch.input_ids, self.batch.attention_mask
         at = self.batch.subject_last[rows] + columns
-        with change_outputs(changes, ids.shape[1]), logits_only_at(self.model, rows, at):
+        with change_outputs(_by_module(changes), ids.shape[1]), logits_only_at(self.model, rows, at):
             found: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return found[0]
 
@@ -122,36 +190,74 @@ class Suffixes(Passes):
 
     Args:
         model: the model.
-        blocks: all its blocks.
+        layers: all its blocks.
+        site: what is changed.
         ids: (rows, S).
         mask: (rows, P + S): which of the P tokens to the left, and of the suffix, a row has.
         positions: (rows, S), the tokens' places in the whole text.
         starts: (rows,), where each suffix starts in the whole text.
-        firsts: (rows,), the first block that a row takes part in, ascending.
-        rank: (rows,), the place that a row has in this order.
-        hidden: by first block, what enters it: (rows, S, d) of the rows that join there.
+        firsts: by rank, the first block in which something of the row is changed, ascending.
+        behind: those of the first blocks that rows join behind, where the change arrives as it is; the others they join
+            in front of.
+        ranks: by row, the place that it has in this order.
+        rank: the same as a tensor.
+        hidden: by first block, what enters it, or leaves it where rows join behind it: (rows, S, d) of those rows.
+        outputs: by first block that rows join behind: their projection's outputs at the first column, (rows, d).
         past: per block the keys and values (rows, heads, P, head size) of the tokens to the left.
         tuples: whether blocks return a tuple that starts with the hidden states, as some do.
     """
 
     model: nn.Module
-    blocks: Sequence[nn.Module]
+    layers: Sequence[Layer]
+    site: Site
     ids: Tensor
     mask: Tensor
     positions: Tensor
     starts: Tensor
     firsts: tuple[int, ...]
+    behind: frozenset[int]
+    ranks: tuple[int, ...]
     rank: Tensor
     hidden: dict[int, Tensor]
+    outputs: dict[int, Tensor]
     past: list[tuple[Tensor, Tensor]]
     tuples: bool
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows' ranks, and the first column."""
-        return self.rank[rows], torch.zeros_like(rows)
+    def running(self, block: int) -> int:
+        """How many rows a block has to run: the first so many."""
+        return sum(first + (first in self.behind) <= block for first in self.firsts)
+
+    def places(self, layer: int, rows: Sequence[int]) -> list[Place]:
+        """At the first column: of the projection's outputs, or of the block's for rows that join behind it.
+
+        Raises:
+            ValueError: for a row that does not take part in the layer yet.
+        """
+        part, device = self.layers[layer], self.ids.device
+        below = sum(first < layer for first in self.firsts)  # the rank from which on rows may join here
+        through: list[tuple[int, int]] = []
+        joining: list[tuple[int, int]] = []
+        for which, rank in enumerate(self.ranks[row] for row in rows):
+            if self.firsts[rank] > layer:
+                raise ValueError(f"A row that is changed from block {self.firsts[rank]} on cannot be in {layer}.")
+            apart = self.site == "mlp" and self.firsts[rank] == layer and layer in self.behind
+            (joining if apart else through).append((rank, which))
+
+        def indices(of: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+            rank, which = torch.tensor(of, device=device).T
+            return rank, torch.zeros_like(rank), which
+
+        found = []
+        if through:
+            module = part.block if self.site == "block" else part.projection
+            found.append(Place(module, *indices(through)))
+        if joining:
+            at = indices(joining)
+            found.append(Place(part.block, *at, base=self.outputs[layer][at[0] - below]))
+        return found
 
     def select(self, rows: Sequence[int], firsts: Sequence[int]) -> Suffixes:
         """Some of the rows, without columns that none of them needs.
@@ -159,39 +265,38 @@ class Suffixes(Passes):
         Only of what `cut` gave: there every row can join at every block.
         """
         order = sorted(range(len(rows)), key=lambda i: firsts[i])
-        device = self.ids.device
-        at = torch.tensor([rows[i] for i in order], device=device)
+        at = torch.tensor([rows[i] for i in order], device=self.ids.device)
         prefix = int(self.starts[at].max())
         before = self.mask.shape[1] - self.ids.shape[1]
         width = int(self.mask[at, before:].sum(1).max())
+        ranks = [0] * len(order)
+        for rank, row in enumerate(order):
+            ranks[row] = rank
         joining = tuple(firsts[i] for i in order)
-        rank = torch.empty(len(order), dtype=torch.long)
-        rank[torch.tensor(order)] = torch.arange(len(order))
-        taking_part = [sum(first <= block for first in joining) for block in range(len(self.blocks))]
-        return replace(
+        at_first = {first: at[[i for i, f in enumerate(joining) if f == first]] for first in set(joining)}
+        chosen = replace(
             self,
             ids=self.ids[at, :width],
             mask=torch.cat([self.mask[at, :prefix], self.mask[at, before : before + width]], dim=1),
             positions=self.positions[at, :width],
             starts=self.starts[at],
             firsts=joining,
-            rank=rank.to(device),
-            hidden={
-                first: self.hidden[first][at[[i for i, f in enumerate(joining) if f == first]], :width]
-                for first in set(joining)
-            },
-            past=[
-                (k[at[:n], :, :prefix], v[at[:n], :, :prefix]) for n, (k, v) in zip(taking_part, self.past, strict=True)
-            ],
+            ranks=tuple(ranks),
+            rank=torch.tensor(ranks, device=at.device),
+            hidden={first: self.hidden[first][mine, :width] for first, mine in at_first.items()},
+            outputs={first: self.outputs[first][mine] for first, mine in at_first.items() if first in self.outputs},
         )
+        taking_part = [at[: chosen.running(block)] for block in range(len(self.layers))]
+        past = [(k[t, :, :prefix], v[t, :, :prefix]) for t, (k, v) in zip(taking_part, self.past, strict=True)]
+        return replace(chosen, past=past)
 
-    def logits(self, rows: Tensor, columns: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
-        """By a pass of the suffixes, each through the blocks from its first on."""
+    def logits(self, rows: Tensor, columns: Tensor, changes: Sequence[tuple[Place, New]]) -> Tensor:
+        """By a pass of the suffixes, each through the blocks from its first on, or from the one behind it."""
         cache = Cache(layers=[_Kept(k, v) for k, v in self.past])
         with (
-            change_outputs(changes, self.ids.shape[1]),
+            change_outputs(_by_module(changes), self.ids.shape[1]),
             logits_only_at(self.model, self.rank[rows], columns),
-            _joining(self.blocks, self.firsts, self.hidden, self.tuples),
+            self._joining(),
         ):
             found: Tensor = self.model(
                 input_ids=self.ids,
@@ -202,9 +307,78 @@ class Suffixes(Passes):
             ).logits
         return found[0]
 
+    @contextmanager
+    def _joining(self) -> Iterator[None]:
+        """Lets every block run only the rows that take part in it; those that join bring their own states along."""
+        every = len(self.firsts)
+
+        def replaced(block: nn.Module, index: int) -> Callable[..., Any]:
+            original = block.forward
+            run = self.running(index)
+            joining = self.firsts.count(index)
+            here = index in self.behind
+            before = run if here else run - joining  # those that were there already
+
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                joined = self.hidden[index].to(hidden_states.dtype) if joining else None
+                if joined is not None and not here:
+                    hidden_states = torch.cat([hidden_states[:before], joined]) if before else joined
+                if not run:  # the states are passed on as they are while nobody is there
+                    left = hidden_states if joined is None else joined
+                    return (left,) if self.tuples else left
+                if run < every:
+                    args, kwargs = _of_rows(args, run, every), _of_rows(kwargs, run, every)
+                out = original(hidden_states, *args, **kwargs)
+                if joined is None or not here:
+                    return out
+                state = out[0] if isinstance(out, tuple) else out
+                state = torch.cat([state, joined.to(state.dtype)])
+                return (state, *out[1:]) if isinstance(out, tuple) else state
+
+            return forward
+
+        # Libraries that move weights between devices set a `forward` on the instance, too: it is put back.
+        changed = [(i, part.block) for i, part in enumerate(self.layers) if self.running(i) < every or i in self.firsts]
+        own = [block.__dict__.get("forward") for _, block in changed]
+        try:
+            for i, block in changed:
+                block.forward = replaced(block, i)
+            yield
+        finally:
+            for (_, block), forward in zip(changed, own, strict=True):
+                block.__dict__.pop("forward", None)
+                if forward is not None:
+                    block.__dict__["forward"] = forward
+
+
+def _of_rows(given: Any, now: int, every: int) -> Any:
+    """What a block is called with, for the first rows only: masks, positions and rotations that have a row for each."""
+    if isinstance(given, Tensor):
+        return given[:now] if given.ndim > 1 and given.shape[0] == every else given
+    if isinstance(given, (tuple, list)):
+        return type(given)(_of_rows(item, now, every) for item in given)
+    if isinstance(given, dict):
+        return {name: _of_rows(item, now, every) for name, item in given.items()}
+    return given
+
 
 class CannotCutError(RuntimeError):
     """A cut pass does not give what a complete one gives."""
+
+
+@dataclass
+class Known:
+    """What has been found out about cutting passes of one model, which edits of its weights do not change.
+
+    Attributes:
+        cuttable: false once a cut pass did not give what a complete one gives.
+        arrives: by layer, whether a change of the MLP's output arrives at the block's output as it is.
+        checked: by first block, the tokens of the longest text that was compared.
+    """
+
+    cuttable: bool = True
+    arrives: dict[int, bool] = field(default_factory=dict)
+    checked: dict[int, int] = field(default_factory=dict)
 
 
 _WINDOWED = {"full_attention", "sliding_attention"}
@@ -234,125 +408,154 @@ def supported(model: nn.Module, blocks: Sequence[nn.Module], longest: int) -> bo
 
 
 @torch.no_grad()
-def cut(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, firsts: Sequence[int]) -> Suffixes:
+def cut(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch,
+    firsts: Sequence[int],
+    site: Site = "mlp",
+    known: Known | None = None,
+    read: Tensor | None = None,
+) -> tuple[Suffixes, Tensor]:
     """Runs the model once in full and cuts each row at its subject's last token.
 
     Args:
         model: a causal language model that is `supported`.
-        blocks: all its blocks, in order.
+        layers: all its blocks, in order.
         batch: the rows, each with its subject's last token.
         firsts: blocks at which rows may join; the result is to be used through its ``select``.
+        site: what will be changed.
+        known: what is known of the model already is not checked again; what is found out is added.
+        read: (n,), rows whose logits at their ends are wanted, too.
+
+    Returns:
+        The passes, and these logits (n, vocabulary).
 
     Raises:
         CannotCutError: if the longest row comes out differently when cut.
     """
+    known = Known() if known is None else known
+    asked = sorted(set(firsts))
+    starts, lengths = batch.subject_last, batch.attention_mask.sum(1)
+    length = batch.input_ids.shape[1]
+    prefix, width = int(starts.max()), int((lengths - starts).max())
+    at = starts[:, None] + torch.arange(width, device=starts.device)
+    inside = at < lengths[:, None]
+    at = at.clamp_max(length - 1)
+    every = torch.arange(len(starts), device=starts.device)
+
+    def suffix(state: Tensor) -> Tensor:
+        return state.gather(1, at[..., None].expand(-1, -1, state.shape[-1]))
+
     entered: dict[int, Tensor] = {}
+    left: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     tuples: list[bool] = []
 
     def entering(first: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entered[first] = args[0] if args else kwargs["hidden_states"]
+            entered[first] = suffix(args[0] if args else kwargs["hidden_states"])
 
         return enter
 
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
-        tuples.append(isinstance(output, tuple))
+    def leaving(first: int) -> Callable[[nn.Module, Any, Any], None]:
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            left[first] = suffix(output[0] if isinstance(output, tuple) else output)
+
+        return leave
+
+    def projecting(first: int) -> Callable[[Tensor], Tensor]:
+        def keep(output: Tensor) -> Tensor:
+            outputs[first] = output[every, starts]
+            return output
+
+        return keep
 
     cache = Cache(layer_class_to_replicate=DynamicLayer)
-    handles = [blocks[f].register_forward_pre_hook(entering(f), with_kwargs=True) for f in sorted(set(firsts))]
-    handles.append(blocks[0].register_forward_hook(leave))
-    starts = batch.subject_last
-    lengths = batch.attention_mask.sum(1)
+    unclear = [f for f in asked if site == "mlp" and f not in known.arrives]
+    behind = {f for f in asked if f not in unclear and (site == "block" or known.arrives[f])}
+    blocks = [part.block for part in layers]
+    handles = [blocks[0].register_forward_hook(lambda _, __, out: tuples.append(isinstance(out, tuple)))]
+    handles += [blocks[f].register_forward_pre_hook(entering(f), with_kwargs=True) for f in asked if f not in behind]
+    handles += [blocks[f].register_forward_hook(leaving(f)) for f in (*behind, *unclear)]
+    projections = {layers[f].projection: projecting(f) for f in asked} if site == "mlp" else {}
     row = lengths.argmax()[None]
+    rows = row if read is None else torch.cat([row, read])
     try:
-        with logits_only_at(model, row, lengths[row] - 1):
+        with change_outputs(projections, length), logits_only_at(model, rows, lengths[rows] - 1):
             whole = model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache, use_cache=True
             ).logits[0]
     finally:
         for handle in handles:
             handle.remove()
-    length = batch.input_ids.shape[1]
-    prefix, width = int(starts.max()), int((lengths - starts).max())
-    at = starts[:, None] + torch.arange(width, device=starts.device)
-    inside = at < lengths[:, None]
-    at = at.clamp_max(length - 1)
-    left = torch.arange(prefix, device=starts.device)[None] < starts[:, None]
     found = Suffixes(
         model=model,
-        blocks=blocks,
+        layers=layers,
+        site=site,
         ids=batch.input_ids.gather(1, at),
-        mask=torch.cat([left, inside], dim=1).long(),
+        mask=torch.cat([torch.arange(prefix, device=at.device)[None] < starts[:, None], inside], dim=1).long(),
         positions=at,
         starts=starts,
         firsts=(0,) * len(starts),
-        rank=torch.arange(len(starts), device=starts.device),
-        hidden={f: state.gather(1, at[..., None].expand(-1, -1, state.shape[-1])) for f, state in entered.items()},
+        behind=frozenset(),
+        ranks=tuple(range(len(starts))),
+        rank=every,
+        hidden=entered,
+        outputs=outputs,
         past=[(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in _filled(cache)],
         tuples=tuples[0],
     )
-    twice = found.select(row.tolist() * 2, [min(firsts), max(firsts)])
-    part = twice.logits(torch.tensor([0, 1], device=row.device), (lengths[row] - 1 - starts[row]).repeat(2), {})
+    longest = row.tolist()
+    for f in unclear:
+        known.arrives[f] = _arrives(found, longest[0], f, left[f][row, 0])
+        if known.arrives[f]:
+            behind.add(f)
+    found = replace(found, hidden={f: (left if f in behind else entered)[f] for f in asked}, behind=frozenset(behind))
+    ends = [f for f in {asked[0], asked[-1]} if known.checked.get(f, 0) < length]
+    if ends:
+        _compare(found, longest * len(ends), ends, (lengths - 1 - starts)[row], whole[:1])
+        known.checked |= dict.fromkeys(ends, length)
+    return found, whole[1:]
+
+
+def _arrives(passes: Suffixes, row: int, layer: int, output: Tensor) -> bool:
+    """Whether what is added to the MLP's output is added to the block's, and nothing else happens.
+
+    Not so with a norm behind the MLP, or a factor.
+
+    Args:
+        passes: in which rows join in front of blocks.
+        row: the one to try it with.
+        layer: index of a block.
+        output: (1, d), what the block puts out at the row's first column.
+    """
+    added = output.flip(-1)  # as large as all that is there, so that a norm cannot pass for none
+    one = passes.select([row], [layer])
+    (place,) = one.places(layer, [0])
+    with read_outputs({0: passes.layers[layer].block}, one.ids.shape[1]) as seen:
+        nowhere = place.row[:0]
+        one.logits(nowhere, nowhere, [(place, lambda out, _: out + added)])
+    off = (seen[0][0, :1] - output - added).float().norm()
+    return bool(off <= _TOLERANCE.get(output.dtype, 0.05) * added.float().norm())
+
+
+def _compare(passes: Suffixes, rows: list[int], firsts: list[int], column: Tensor, wanted: Tensor) -> None:
+    """Compares logits (1, vocabulary) at a place with those of cut passes from some blocks on."""
+    part = passes.select(rows, firsts).logits(
+        torch.arange(len(rows), device=column.device), column.repeat(len(rows)), []
+    )
     # A constant on top of all logits says nothing, and may be large.
-    wanted = (whole - whole.mean(-1, keepdim=True)).float()
+    wanted = (wanted - wanted.mean(-1, keepdim=True)).float()
     off = (part - part.mean(-1, keepdim=True)).float() - wanted
-    if not bool(off.norm(dim=-1).max() <= _TOLERANCE.get(whole.dtype, 0.05) * wanted.norm()):
+    if not bool(off.norm(dim=-1).max() <= _TOLERANCE.get(part.dtype, 0.05) * wanted.norm()):
         raise CannotCutError(
-            f"Passes of {type(model).__name__} from the edited token on do not give what complete ones give: values "
-            "are optimised on complete passes, which takes longer."
+            f"Passes of {type(passes.model).__name__} from the edited token on do not give what complete ones give: "
+            "values are optimised on complete passes, which takes longer."
         )
-    return found
 
 
 def _filled(cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
     """The keys and values of every block."""
     for layer in cache.layers:
         yield layer.keys, layer.values  # type: ignore[union-attr,misc]
-
-
-@contextmanager
-def _joining(
-    blocks: Sequence[nn.Module], firsts: Sequence[int], hidden: dict[int, Tensor], tuples: bool
-) -> Iterator[None]:
-    """Lets every block run only the rows that take part in it; those that join bring their own states along."""
-    every = len(firsts)
-
-    def replaced(block: nn.Module, index: int) -> Callable[..., Any]:
-        original = block.forward
-        before, now = (sum(f < i for f in firsts) for i in (index, index + 1))
-
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not now:  # nobody yet: the states are passed on as they are
-                return (hidden_states,) if tuples else hidden_states
-            if now > before:
-                joined = hidden[index].to(hidden_states.dtype)
-                hidden_states = torch.cat([hidden_states[:before], joined]) if before else joined
-            if now < every:
-                args, kwargs = _of_rows(args, now, every), _of_rows(kwargs, now, every)
-            return original(hidden_states, *args, **kwargs)
-
-        return forward
-
-    # Libraries that move weights between devices set a `forward` on the instance, too: it is put back.
-    changed = [(i, block) for i, block in enumerate(blocks) if any(first >= i for first in firsts)]
-    own = [block.__dict__.get("forward") for _, block in changed]
-    try:
-        for i, block in changed:
-            block.forward = replaced(block, i)
-        yield
-    finally:
-        for (_, block), forward in zip(changed, own, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.__dict__["forward"] = forward
-
-
-def _of_rows(given: Any, now: int, every: int) -> Any:
-    """What a block is called with, for the first rows only: masks, positions and rotations that have a row for each."""
-    if isinstance(given, Tensor):
-        return given[:now] if given.ndim > 1 and given.shape[0] == every else given
-    if isinstance(given, (tuple, list)):
-        return type(given)(_of_rows(item, now, every) for item in given)
-    if isinstance(given, dict):
-        return {name: _of_rows(item, now, every) for name, item in given.items()}
-    return given

@@ -13,6 +13,7 @@ from lit_edit.architectures import Architecture, Family
 from lit_edit.prompts import Prompter, Row, in_context
 from lit_edit.requests import EditRequest
 from lit_edit.stopwatch import Stopwatch
+from lit_edit.suffix import Known
 
 KL_PROMPT = "{} is a"
 
@@ -24,8 +25,8 @@ class Workspace:
     ``contexts`` are templates with one ``{}`` for the prompt, the bare ``{}`` first; they are part of an edit's
     definition. Each for the layers where it was asked for: ``covariances`` maps a layer to C = E[k kᵀ] (p, p),
     ``gradients`` to the gradient of the language-model loss on a corpus (d, p), ``originals`` to a copy of the weight
-    (d, p) before the first edit. ``stopwatch`` counts the seconds of an edit by stage. ``cuttable`` is false once
-    passes of the model have turned out not to bear being cut (`lit_edit.suffix`).
+    (d, p) before the first edit. ``stopwatch`` counts the seconds of an edit by stage. ``cuts`` is what was found
+    out about passes of the model that are cut (`lit_edit.suffix`).
     """
 
     model: nn.Module
@@ -37,7 +38,7 @@ class Workspace:
     gradients: dict[int, Tensor] = field(default_factory=dict)
     originals: dict[int, Tensor] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    cuttable: bool = True
+    cuts: Known = field(default_factory=Known)
 
     @classmethod
     def of(

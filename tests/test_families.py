@@ -93,21 +93,22 @@ def test_cut_passes_equal_complete_ones(kind: str) -> None:
     model, tokenizer = tiny_model(kind)
     workspace = Workspace.of(model.double().requires_grad_(False), tokenizer, CONTEXTS)
     parts = workspace.architecture.layers
-    blocks = [part.block for part in parts]
     batch = workspace.prompter.collate([r for q in requests() for r in workspace.rewriting_rows(q)], "cpu")
-    assert supported(model, blocks, batch.input_ids.shape[1])
+    assert supported(model, [part.block for part in parts], batch.input_ids.shape[1])
     rows = torch.arange(len(batch.input_ids))
     delta = torch.randn(len(rows), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-    def shift(column: Tensor) -> Any:
-        return lambda out: out.index_put((rows, column), out[rows, column] + delta)
-
+    at = (rows, batch.subject_last)
     last = batch.attention_mask.sum(1) - 1
     with torch.no_grad():
-        with change_outputs({parts[2].projection: shift(batch.subject_last)}, batch.input_ids.shape[1]):
+        with change_outputs(
+            {parts[2].projection: lambda out: out.index_put(at, out[at] + delta)}, batch.input_ids.shape[1]
+        ):
             whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        suffixes = cut(model, blocks, batch, [2]).select(range(len(rows)), [2] * len(rows))
-        changes = {parts[2].projection: shift(torch.zeros_like(rows))}
+        found, _ = cut(model, parts, batch, [2])
+        # A norm behind the MLP is what keeps a change from arriving as it is.
+        assert found.behind == (set() if any("post_f" in name for name, _ in model.named_modules()) else {2})
+        suffixes = found.select(rows.tolist(), [2] * len(rows))
+        changes: Any = [(p, lambda out, which: out + delta[which]) for p in suffixes.places(2, rows.tolist())]
         part = suffixes.logits(rows, last - batch.subject_last, changes)
     # Gemma's norms compute in float32 whatever comes in.
     torch.testing.assert_close(part, whole[rows, last], rtol=1e-9, atol=1e-6 if "gemma" in kind else 1e-9)

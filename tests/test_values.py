@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pytest
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from lit_edit.keys import MeanKey, TypeMeanKey
 from lit_edit.requests import EditRequest
 from lit_edit.values import EAC, Constraint, NormClamp, NormMatched, ValueOptimizer, ValueProblem, block_outputs
+from lit_edit.values.optimizer import parts_of_a_batch
 from lit_edit.workspace import Workspace
 
 Site = Literal["mlp", "block"]
@@ -232,6 +234,34 @@ def test_a_batch_worked_through_in_parts_gives_the_same(tiny, kind: str, monkeyp
                 torch.testing.assert_close(value, other[layer], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="max_rows of at least 1, not 0"):
         optimizer(kind, max_rows=0)
+
+
+def padded(sizes: list[tuple[int, int]], parts: list[list[int]], of_a_pass: int) -> int:
+    return sum(sum(sizes[i][0] for i in part) * max(sizes[i][1] for i in part) + of_a_pass for part in parts)
+
+
+def divisions(order: list[int]) -> Iterator[list[list[int]]]:
+    """Every way to cut a list into consecutive parts."""
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        parts = [[order[0]]]
+        for i, apart in zip(order[1:], cuts, strict=True):
+            parts.append([i]) if apart else parts[-1].append(i)
+        yield parts
+
+
+@pytest.mark.parametrize("of_a_pass", [0, 10, 40, 10_000])
+@pytest.mark.parametrize("most", [1, 12, 100])
+def test_texts_of_about_one_width_share_passes(most: int, of_a_pass: int) -> None:
+    sizes = [(5, 9), (2, 3), (6, 8), (6, 20), (5, 3), (9, 4), (3, 21), (20, 7)]
+    parts = parts_of_a_batch(sizes, most, of_a_pass)
+    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
+    assert all(len(part) == 1 or sum(sizes[i][0] for i in part) <= most for part in parts)
+    allowed = [
+        division
+        for division in divisions(sorted(range(len(sizes)), key=lambda i: sizes[i][1]))
+        if all(len(part) == 1 or sum(sizes[i][0] for i in part) <= most for part in division)
+    ]
+    assert padded(sizes, parts, of_a_pass) == min(padded(sizes, division, of_a_pass) for division in allowed)
 
 
 @pytest.mark.parametrize(("kind", "schedule"), [*((kind, None) for kind in KINDS), ("mlp, clamped", EAC(50.0, 0.0))])

@@ -7,7 +7,7 @@ whose outputs it may change) contributes its rows, and a hook per layer changes 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +18,8 @@ from lit_edit.keys import ROWS_AT_ONCE, KeyAverage, compute_keys
 from lit_edit.prompts import Row
 from lit_edit.requests import EditRequest
 from lit_edit.restraints import Ground
-from lit_edit.suffix import CannotCutError, CompletePasses, Passes, cut, supported
-from lit_edit.taps import logits_only_at, read_outputs
+from lit_edit.suffix import CannotCutError, CompletePasses, New, Passes, Place, cut, supported
+from lit_edit.taps import read_outputs
 from lit_edit.values.constraints import Constraint, NormClamp
 from lit_edit.values.penalties import Penalty
 from lit_edit.values.schedules import Descent, Plain, Schedule, Stage
@@ -55,14 +55,30 @@ class Values:
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
-    """Where one module's output is changed: rows, positions in them, and the slot that each takes its value from."""
+class _Change:
+    """Where one module's output is changed, and the slot that each row there takes its value from."""
 
-    module: nn.Module
+    place: Place
     bias: Tensor | None
-    row: Tensor
-    position: Tensor
     slot: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The texts of one request: its edit prompts in context, the bare one first, and one for the KL term, if any."""
+
+    rewriting: list[Row]
+    essence: Row | None
+
+    @property
+    def every(self) -> list[Row]:
+        """All of them."""
+        return self.rewriting + ([] if self.essence is None else [self.essence])
+
+    @property
+    def width(self) -> int:
+        """The most tokens that one has from the subject's last on."""
+        return max(len(row.ids) - row.subject_last for row in self.every)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +86,8 @@ class _Texts:
     """Every row that the problems of an optimisation need, each once: problems of one request share theirs.
 
     ``rewriting`` and ``essence`` hold, per problem, which rows are its edit prompts in context (the bare one first),
-    and which is its row for the KL term, if there is one; ``first`` is the first layer that it changes.
+    and which is its row for the KL term, if there is one; ``first`` is the first layer that it changes. ``before`` are
+    the log-probabilities (problems, vocabulary) at the ends of the latter, before any change.
     """
 
     rows: list[Row]
@@ -78,6 +95,7 @@ class _Texts:
     essence: list[int]
     first: list[int]
     passes: Passes
+    before: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +117,7 @@ class _Round:
     of_row: Tensor
     slots: Tensor  # of the problems
     owner: Tensor  # of each slot: which of the problems, counted in the round
-    places: list[_Place]
+    changes: list[_Change]
 
 
 class ValueOptimizer:
@@ -188,31 +206,29 @@ class ValueOptimizer:
             grounds: what penalties look at, for every layer of the problems. None leaves penalties out, as layer
                 policies do, which compare candidates by the plain loss.
         """
-        number = len(workspace.contexts if contexts is None else contexts) + bool(self.kl_factor)
-        together = max(1, self.rows_at_once(workspace.device) // number)
         problems = list(problems)
-        parts = []
-        for i in range(0, len(problems), together):
-            part = problems[i : i + together]
-            place = {request: at for at, request in enumerate(dict.fromkeys(p.request for p in part))}
-            parts.append(
-                self._optimise(
-                    workspace,
-                    [requests[request] for request in place],
-                    [ValueProblem(place[p.request], p.layers) for p in part],
-                    average,
-                    steps,
-                    contexts,
-                    grounds,
-                )
+        texts = {i: self._rows(workspace, requests[i], contexts) for i in dict.fromkeys(p.request for p in problems)}
+        sizes = [(len(texts[p.request].every), texts[p.request].width) for p in problems]
+        found: dict[int, tuple[dict[int, Tensor], float, float, int]] = {}
+        for part in parts_of_a_batch(sizes, self.rows_at_once(workspace.device), _tokens_of_a_pass(workspace.device)):
+            place = {request: at for at, request in enumerate(dict.fromkeys(problems[i].request for i in part))}
+            values = self._optimise(
+                workspace,
+                [requests[request] for request in place],
+                [ValueProblem(place[problems[i].request], problems[i].layers) for i in part],
+                average,
+                steps,
+                [texts[request] for request in place],
+                grounds,
             )
-        return Values(
-            problems,
-            [target for part in parts for target in part.targets],
-            [loss for part in parts for loss in part.loss],
-            [chance for part in parts for chance in part.probability],
-            [taken for part in parts for taken in part.steps],
-        )
+            each = zip(values.targets, values.loss, values.probability, values.steps, strict=True)
+            found |= dict(zip(part, each, strict=True))
+        targets, loss, probability, taken = zip(*(found[i] for i in range(len(problems))), strict=True)
+        return Values(problems, list(targets), list(loss), list(probability), list(taken))
+
+    def _rows(self, workspace: Workspace, request: EditRequest, contexts: Sequence[str] | None) -> _Rows:
+        essence = workspace.essence_row(request) if self.kl_factor else None
+        return _Rows(workspace.rewriting_rows(request, contexts), essence)
 
     def rows_at_once(self, device: torch.device) -> int:
         """The most texts in a pass."""
@@ -227,10 +243,10 @@ class ValueOptimizer:
         problems: Sequence[ValueProblem],
         average: KeyAverage,
         steps: int | None,
-        contexts: Sequence[str] | None,
+        rows: Sequence[_Rows],
         grounds: Mapping[int, Ground] | None,
     ) -> Values:
-        """`optimise` for problems that all go together."""
+        """`optimise` for problems that all go together, with the texts of each request."""
         starts = self._starts(workspace, requests, problems, average)  # (slots, d)
         slots = [(p, layer) for p, problem in enumerate(problems) for layer in problem.layers]
         outputs = self._with_bias(workspace, starts, slots)
@@ -239,8 +255,7 @@ class ValueOptimizer:
             if self.lr_unit == "relative"
             else torch.ones_like(starts[:, :1])
         )
-        texts = self._texts(workspace, requests, problems, contexts)
-        before = self._essence_before(workspace, requests, problems) if self.kl_factor else None
+        texts = self._texts(workspace, rows, problems)
         penalties = []
         if grounds is not None:
             penalties = [penalty.prepare([grounds[layer] for _, layer in slots]) for penalty in self.penalties]
@@ -259,7 +274,7 @@ class ValueOptimizer:
             for step in range(stage.steps + 1):  # the last turn only evaluates: the reported loss is the value's own
                 delta = free * unit
                 with torch.set_grad_enabled(step < stage.steps):
-                    losses, nll = self._losses(round_, before, outputs, starts, delta)
+                    losses, nll = self._losses(round_, texts.before, outputs, starts, delta)
                     terms = [penalty(self._moved(starts, delta)) for penalty in penalties]
                     if stage.term is not None:
                         terms.append(stage.term(delta))
@@ -351,54 +366,44 @@ class ValueOptimizer:
         none = torch.zeros_like(starts[0])
         return starts + torch.stack([none if bias is None else bias.detach().to(none) for bias in biases])
 
-    @torch.no_grad()
-    def _essence_before(
-        self, workspace: Workspace, requests: Sequence[EditRequest], problems: Sequence[ValueProblem]
-    ) -> Tensor:
-        """Log-probabilities (problems, vocabulary) after "{subject} is a", before any change."""
-        batch = workspace.prompter.collate([workspace.essence_row(r) for r in requests], workspace.device)
-        every, ends = torch.arange(len(requests), device=workspace.device), batch.attention_mask.sum(1) - 1
-        with logits_only_at(workspace.model, every, ends):
-            logits = workspace.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits[0]
-        return logits.float().log_softmax(-1)[[p.request for p in problems]]
-
-    def _texts(
-        self,
-        workspace: Workspace,
-        requests: Sequence[EditRequest],
-        problems: Sequence[ValueProblem],
-        contexts: Sequence[str] | None,
-    ) -> _Texts:
-        """Tokenises, and runs the model once where passes can be cut."""
+    def _texts(self, workspace: Workspace, requests: Sequence[_Rows], problems: Sequence[ValueProblem]) -> _Texts:
+        """Runs the model once, so that passes can be cut where that is possible."""
         rows: list[Row] = []
-        rewriting: dict[int, list[int]] = {}
-        essence: dict[int, int] = {}
-        for i in sorted({p.request for p in problems}):
-            found = workspace.rewriting_rows(requests[i], contexts)
-            rewriting[i] = list(range(len(rows), len(rows) + len(found)))
-            rows += found
-            if self.kl_factor:
-                essence[i] = len(rows)
-                rows.append(workspace.essence_row(requests[i]))
+        rewriting: list[list[int]] = []
+        essence: list[int] = []
+        for request in requests:
+            rewriting.append(list(range(len(rows), len(rows) + len(request.rewriting))))
+            essence.append(len(rows) + len(request.rewriting))
+            rows += request.every
         batch = workspace.prompter.collate(rows, workspace.device)
-        blocks = [part.block for part in workspace.architecture.layers]
+        layers = workspace.architecture.layers
         first = [min(p.layers) for p in problems]
-        passes: Passes = CompletePasses(workspace.model, batch)
+        ends = torch.tensor(essence if self.kl_factor else [], dtype=torch.long, device=workspace.device)
         longest = max(len(row.ids) for row in rows)
-        if not self.complete_passes and workspace.cuttable and supported(workspace.model, blocks, longest):
+        passes: Passes | None = None
+        wanted = not self.complete_passes and workspace.cuts.cuttable
+        if wanted and supported(workspace.model, [part.block for part in layers], longest):
             try:
-                passes = cut(workspace.model, blocks, batch, first)
+                passes, logits = cut(workspace.model, layers, batch, first, self.site, workspace.cuts, ends)
             except CannotCutError as error:
-                workspace.cuttable = False
+                workspace.cuts.cuttable = False
                 warnings.warn(str(error), stacklevel=2)
+        if passes is None:
+            passes = CompletePasses(workspace.model, layers, batch, self.site)
+            if self.kl_factor:
+                at = batch.attention_mask.sum(1)[ends] - 1 - batch.subject_last[ends]
+                with torch.no_grad():
+                    logits = passes.select(essence, [0] * len(essence)).logits(torch.arange(len(ends)).to(at), at, [])
+        before = None
+        if self.kl_factor:
+            before = logits.float().log_softmax(-1)[[p.request for p in problems]]
         return _Texts(
             rows,
             [rewriting[p.request] for p in problems],
             [essence[p.request] for p in problems] if self.kl_factor else [],
             first,
             passes,
+            before,
         )
 
     def _round(self, workspace: Workspace, active: list[int], slots: list[tuple[int, int]], texts: _Texts) -> _Round:
@@ -417,20 +422,12 @@ class ValueOptimizer:
         passes = texts.passes.select(taken, [texts.first[p] for p in owner])
         index = {slot: s for s, slot in enumerate(slots)}
         mine = [(s, i) for i, p in enumerate(active) for s, (q, _) in enumerate(slots) if q == p]
-        places = []
+        changes = []
         for layer in sorted({layer for p, layer in slots if p in set(active)}):
             at = [r for r, p in enumerate(owner) if (p, layer) in index]
-            part = workspace.architecture[layer]
-            row, position = passes.places(torch.tensor(at, device=device))
-            places.append(
-                _Place(
-                    module=part.block if self.site == "block" else part.projection,
-                    bias=getattr(part.projection, "bias", None) if self.site == "mlp" else None,
-                    row=row,
-                    position=position,
-                    slot=torch.tensor([index[owner[r], layer] for r in at], device=device),
-                )
-            )
+            slot = torch.tensor([index[owner[r], layer] for r in at], device=device)
+            bias = getattr(workspace.architecture[layer].projection, "bias", None) if self.site == "mlp" else None
+            changes += [_Change(place, bias, slot[place.which]) for place in passes.places(layer, at)]
         return _Round(
             problems=active,
             active=torch.tensor(active, device=device),
@@ -443,24 +440,58 @@ class ValueOptimizer:
             of_row=torch.tensor([r for r, _ in targets], device=device),
             slots=torch.tensor([s for s, _ in mine], device=device),
             owner=torch.tensor([i for _, i in mine], device=device),
-            places=places,
+            changes=changes,
         )
 
-    def _changes(self, round_: _Round, starts: Tensor, delta: Tensor) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-        """For every module the function that changes its output where a value is to be tried."""
+    def _changes(self, round_: _Round, starts: Tensor, delta: Tensor) -> list[tuple[Place, New]]:
+        """What becomes of the outputs where a value is to be tried."""
 
-        def at(place: _Place) -> Callable[[Tensor], Tensor]:
-            def change(output: Tensor) -> Tensor:
-                if self.constraint.replaces:
-                    new = self.constraint.value(starts[place.slot], delta[place.slot])
-                    new = new if place.bias is None else new + place.bias.float()
-                else:
-                    new = output[place.row, place.position].float() + delta[place.slot]
-                return output.index_put((place.row, place.position), new.to(output.dtype))
+        def at(change: _Change) -> New:
+            def new(output: Tensor, _: Tensor) -> Tensor:
+                if not self.constraint.replaces:
+                    return output.float() + delta[change.slot]
+                value = self.constraint.value(starts[change.slot], delta[change.slot])
+                return value if change.bias is None else value + change.bias.float()
 
-            return change
+            return new
 
-        return {place.module: at(place) for place in round_.places}
+        return [(change.place, at(change)) for change in round_.changes]
+
+
+def parts_of_a_batch(sizes: Sequence[tuple[int, int]], most: int, of_a_pass: int) -> list[list[int]]:
+    """Which problems share passes: those of about equal width, so that little is padded.
+
+    Args:
+        sizes: of each problem its rows and their width in tokens.
+        most: rows of a part, unless a single problem has more.
+        of_a_pass: how many tokens more a pass costs as much as a further pass would.
+
+    Returns:
+        Indices of problems, part by part: of all divisions of the problems in the order of their widths the one with
+        the least ``Σ rows · widest + of_a_pass``.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i][1])
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first so many, and where their last part begins
+    for end in range(1, len(order) + 1):
+        rows, width = 0, sizes[order[end - 1]][1]
+        choices = []
+        for begin in range(end - 1, -1, -1):
+            rows += sizes[order[begin]][0]
+            if rows > most and begin < end - 1:
+                break
+            choices.append((best[begin][0] + rows * width + of_a_pass, begin))
+        best.append(min(choices))
+    parts, end = [], len(order)
+    while end:
+        begin = best[end][1]
+        parts.append(sorted(order[begin:end]))
+        end = begin
+    return parts[::-1]
+
+
+def _tokens_of_a_pass(device: torch.device) -> int:
+    """What `parts_of_a_batch` counts for a pass."""
+    return 32 if device.type == "cpu" else 256
 
 
 def _look_every(device: torch.device) -> int:

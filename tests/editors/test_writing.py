@@ -245,7 +245,8 @@ def test_directions_of_the_gradient_are_counted_by_the_layers_own_requests(tiny)
     workspace = prepared(tiny)
     for batch in (requests(), requests()[:1]):
         edit(editor, workspace, batch)
-    assert seen["penalty"] == [(0, 1), (0, 4), (1, 1), (4, 1)]
+    # A batch may be worked through in parts, each of which looks at the layers.
+    assert list(dict.fromkeys(seen["penalty"])) == [(0, 1), (0, 4), (1, 1), (4, 1)]
     assert seen["restraint"] == [(0, 2), (0, 8), (1, 4), (4, 10)]
 
 
