@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.architectures import Architecture, Family
+from lit_edit.keys import KeptKeys
 from lit_edit.prompts import Prompter, Row, in_context
 from lit_edit.requests import EditRequest
 from lit_edit.stopwatch import Stopwatch
@@ -26,7 +27,7 @@ class Workspace:
     definition. Each for the layers where it was asked for: ``covariances`` maps a layer to C = E[k kᵀ] (p, p),
     ``gradients`` to the gradient of the language-model loss on a corpus (d, p), ``originals`` to a copy of the weight
     (d, p) before the first edit. ``stopwatch`` counts the seconds of an edit by stage. ``cuts`` is what was found
-    out about passes of the model that are cut (`lit_edit.suffix`).
+    out about passes of the model that are cut (`lit_edit.suffix`), ``keys`` are those of the batch being edited.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Workspace:
     originals: dict[int, Tensor] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     cuts: Known = field(default_factory=Known)
+    keys: KeptKeys = field(default_factory=KeptKeys)
 
     @classmethod
     def of(

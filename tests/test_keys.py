@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from editing_references import CONTEXTS, hooks_left, make_workspace, reference_keys, requests
 
 from lit_edit.keys import KeyAverage, MeanKey, TypeMeanKey, compute_keys
+from lit_edit.requests import EditRequest
+from lit_edit.workspace import Workspace
 
 WEIGHTS = {
     MeanKey: {1: [1.0], 2: [1 / 2, 1 / 2], 3: [1 / 3, 1 / 3, 1 / 3]},
@@ -58,3 +62,35 @@ def test_the_bare_prompt_weighs_one_half_whatever_the_number_of_contexts() -> No
         assert TypeMeanKey().average(keys)[0] == 0.5
         assert TypeMeanKey().average(keys).sum() == pytest.approx(1.0)
         torch.testing.assert_close(MeanKey().average(keys), torch.full((n,), 1 / n))
+
+
+def test_keys_are_computed_once_until_a_weight_or_the_contexts_change(tiny) -> None:
+    workspace, average = make_workspace(tiny), MeanKey()
+    ran: list[int] = []
+    embeddings = workspace.model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _, args, __: ran.append(len(args[0])))
+
+    def computed(*asked: Any) -> int:
+        before = len(ran)
+        found = compute_keys(workspace, *asked)
+        fresh = Workspace.of(workspace.model, workspace.tokenizer, workspace.contexts)
+        count = len(ran) - before
+        for layer, keys in compute_keys(fresh, *asked).items():
+            torch.testing.assert_close(found[layer], keys, rtol=1e-6, atol=1e-7)
+        return count
+
+    assert computed(requests(), [0, 1, 3], average) == 1
+    assert computed(requests(), [3, 1], average) == 0
+    assert computed(requests()[2:0:-1], [1], average) == 0
+    assert computed(requests(), [2], average) == 1  # another layer
+    assert computed(requests(), [1], TypeMeanKey()) == 1  # another mean
+    other = [EditRequest("x", "Somebody else is not", "Somebody else", "Oslo")]
+    assert computed(other, [1], average) == 1
+    with torch.no_grad():
+        workspace.architecture[0].weight[0, 0] += 0.5
+    assert computed(requests(), [1], average) == 1  # another weight
+    workspace.contexts = [*workspace.contexts, "Truly. {}"]
+    assert computed(requests(), [1], average) == 1  # other contexts
+    workspace.keys.clear()
+    assert computed(requests(), [1], average) == 1
+    handle.remove()

@@ -105,6 +105,7 @@ class LocateThenEdit(Editor):
 
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
         """Chooses layers and optimises v*, all requests of the batch together."""
+        workspace.keys.clear()
         with workspace.stopwatch.measure("layers"):
             choices = self.layers.choose(workspace, requests, self.values, self.keys, self.value_keys)
         at_block = self.values.site == "block"
