@@ -9,6 +9,8 @@
   EMMET and AlphaEdit were published; what is done once per layer; and writing the weight.
 * ``sequence``: solving and writing at the first edit of a sequence and at later ones, with memory of all past edits.
 * ``edits``: whole edits of the embedded model by MOSE and MEMIT, the first of a sequence and the last.
+* ``large``: whole edits of a random model with the shape of a published one, in bfloat16 on a GPU, or on the CPU in
+  float32 where there is none; only where asked for (``--only large --large llama-3-8b qwen2.5-7b``).
 
 Prints tables and writes all figures as JSON.
 
@@ -21,6 +23,7 @@ import argparse
 import json
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +36,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_edit.api import load_editor
 from lit_edit.corpora import load_corpus
+from lit_edit.editors import LocateThenEdit
 from lit_edit.keys import MeanKey
 from lit_edit.krylov import Preserved, procrustes_near_identity
+from lit_edit.layers import FixedLayers
 from lit_edit.linalg import procrustes
 from lit_edit.loading import EMBEDDED, load_model
 from lit_edit.prompts import sample_contexts
@@ -44,11 +49,18 @@ from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Probl
 from lit_edit.solvers.kept import KeptGram, KeptProjection
 from lit_edit.taps import change_outputs
 from lit_edit.updates import ThinRotation
-from lit_edit.values import NormClamp, ValueOptimizer, ValueProblem
+from lit_edit.values import NormClamp, NormMatched, ValueOptimizer, ValueProblem
 from lit_edit.workspace import Workspace
 
 PUBLISHED_SAMPLE = 3  # requests that the published way is timed on; it takes them one at a time anyway
 COMPLETE_SAMPLE = 10  # requests that complete passes are timed on at most
+
+
+def now() -> float:
+    """The time, once all work that a GPU was given is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -57,21 +69,21 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
         work()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = now()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return statistics.median(times)
 
 
-def peak_flops(dtype: torch.dtype = torch.float32, size: int = 1536) -> float:
+def peak_flops(dtype: torch.dtype = torch.float32, size: int = 1536, device: str = "cpu") -> float:
     """Floating-point operations per second of a large matrix product."""
-    a = torch.randn(size, size, dtype=dtype)
+    a = torch.randn(size, size, dtype=dtype, device=device)
     return 2 * size**3 / median_seconds(lambda: a @ a, 5)
 
 
-def peak_bytes(size: int = 64_000_000) -> float:
+def peak_bytes(size: int = 64_000_000, device: str = "cpu") -> float:
     """Bytes per second that a large sum reads."""
-    a = torch.randn(size // 4)
+    a = torch.randn(size // 4, device=device)
     return size / median_seconds(a.sum, 5)
 
 
@@ -102,9 +114,9 @@ def published(space: Workspace, request: EditRequest, layer: int, values: ValueO
     """v* as released code computes it: padded complete passes for one request, logits of every token."""
     rows = [*space.rewriting_rows(request), space.essence_row(request)]
     batch = space.prompter.collate(rows, space.device)
-    every = torch.arange(len(rows))
+    every = torch.arange(len(rows), device=space.device)
     end = batch.attention_mask[-1].sum() - 1
-    delta = torch.zeros(space.architecture[layer].weight.shape[0], requires_grad=True)
+    delta = torch.zeros(space.architecture[layer].weight.shape[0], device=space.device, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=0.5)
     before: Tensor | None = None
     start: Tensor | None = None
@@ -113,12 +125,12 @@ def published(space: Workspace, request: EditRequest, layer: int, values: ValueO
         nonlocal start
         at = (every, batch.subject_last)
         start = output[0, batch.subject_last[0]].detach() if start is None else start
-        return output.index_put(at, output[at] + delta)
+        return output.index_put(at, (output[at] + delta).to(output.dtype))
 
     for _ in range(steps):
         with change_outputs({space.architecture[layer].projection: change}):
             logits = space.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        log_p = logits.log_softmax(-1)
+        log_p = logits.float().log_softmax(-1)
         wanted = batch.labels[:-1, 1:]
         picked = log_p[:-1, :-1].gather(2, wanted.clamp_min(0)[..., None])[..., 0] * (wanted != -100)
         loss = -(picked.sum(1) / (wanted != -100).sum(1)).mean()
@@ -132,32 +144,37 @@ def published(space: Workspace, request: EditRequest, layer: int, values: ValueO
         adam.step()
 
 
+def weights_above(space: Workspace, layer: int) -> int:
+    """Numbers in the blocks above the edited one: where its change arrives as it is, they are all that has to run."""
+    return sum(p.numel() for part in list(space.architecture.layers)[layer + 1 :] for p in part.block.parameters())
+
+
+def head_weights(space: Workspace) -> int:
+    """Numbers in the output embeddings."""
+    return int(space.model.get_output_embeddings().weight.numel())  # type: ignore[operator]
+
+
 def needed_flops(space: Workspace, requests: list[EditRequest], layer: int) -> float:
-    """Per step: suffix tokens through the blocks from the edited one on, forward and once back, and the logits read."""
-    block = sum(p.numel() for p in space.architecture[layer].block.parameters() if p.ndim == 2)
-    head = space.model.get_output_embeddings().weight.numel()  # type: ignore[operator]
-    blocks = len(space.architecture) - layer
-    total = 0.0
+    """Per step: suffix tokens through the blocks above the edited one, forward and once back, and the logits read."""
+    blocks, head, total = weights_above(space, layer), head_weights(space), 0.0
     for request in requests:
         rows = [*space.rewriting_rows(request), space.essence_row(request)]
         tokens = sum(len(row.ids) - row.subject_last for row in rows)
         read = sum(max(1, len(row.ids) - row.target_start) for row in rows)
-        total += 2 * 2 * (tokens * block * blocks + read * head)
+        total += 2 * 2 * (tokens * blocks + read * head)
     return total
 
 
 def needed_bytes(space: Workspace, layer: int) -> float:
-    """Per step: the weights of the blocks from the edited one on and of the head, read forward and back."""
-    blocks = sum(p.numel() for part in list(space.architecture.layers)[layer:] for p in part.block.parameters())
-    head = space.model.get_output_embeddings().weight.numel()  # type: ignore[operator]
-    return 2 * 4 * (blocks + head)
+    """Per step: the same blocks' weights and the head's, read forward and back."""
+    size = space.architecture[layer].weight.element_size()
+    return 2.0 * size * (weights_above(space, layer) + head_weights(space))
 
 
 def published_flops(space: Workspace, requests: list[EditRequest], layer: int) -> float:
     """Per step: every token of padded rows through every block and the head, and back to the edited block."""
     block = sum(p.numel() for p in space.architecture[layer].block.parameters() if p.ndim == 2)
-    head = space.model.get_output_embeddings().weight.numel()  # type: ignore[operator]
-    blocks, total = len(space.architecture), 0.0
+    blocks, head, total = len(space.architecture), head_weights(space), 0.0
     for request in requests:
         rows = [*space.rewriting_rows(request), space.essence_row(request)]
         tokens = len(rows) * max(len(row.ids) for row in rows)
@@ -374,6 +391,99 @@ def bench_edits(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+# Models of the size of published ones
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "qwen2.5-7b": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 32000,
+    },
+}  # fmt: skip
+
+
+def shaped(name: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """A random model of a shape, made where and how it is used: there is no second copy of it."""
+    if name not in SHAPES:
+        raise SystemExit(f"There is no shape {name!r}; there are {', '.join(SHAPES)}.")
+    torch.manual_seed(0)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=512, **SHAPES[name]))
+    finally:
+        torch.set_default_dtype(usual)
+    return model.eval().requires_grad_(False)
+
+
+def bench_large(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of whole edits of one layer, by stage, with 20 contexts and 25 steps of which none is left out."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    speed, bandwidth = peak_flops(dtype, 8192 if device == "cuda" else 1536, device), peak_bytes(device=device)
+    data = CounterFactDataModule(n_edits=args.large_edits + 1)
+    data.setup("fit")
+    tokenizer, rows = load_model()[1], []
+    for name in args.large:
+        model = shaped(name, device, dtype)
+        layer = SHAPES[name]["num_hidden_layers"] * 5 // 32  # ROME's layer of 5 among 32
+        for method, solver in (("MOSE", MOSE(1.0)), ("MEMIT", MEMIT(15_000.0)), ("AlphaEdit", AlphaEdit())):
+            matched = method == "MOSE"
+            values = ValueOptimizer(constraint=NormMatched() if matched else NormClamp(4.0), stop_loss=0.0)
+            editor = LocateThenEdit(FixedLayers([layer]), values, solver, contexts=20, context_length=10)
+            with tempfile.TemporaryDirectory() as cache:
+                session = EditSession(
+                    model, tokenizer, editor, load_corpus(), EMBEDDED, args.large_tokens, cache_dir=cache
+                )
+            times = []
+            for request in data.requests:
+                start = now()
+                session.apply(session.plan([request]))
+                times.append(now() - start)
+            space, first = session.workspace, data.requests[:1]
+            stages = [edit.stages for edit in session.journal.edits[1:]]
+            rows.append(
+                {
+                    "model": name,
+                    "device": device,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "method": method,
+                    "first": times[0],
+                    "edit": statistics.median(times[1:]),
+                    "stages": {key: statistics.median(s[key] for s in stages) for key in sorted(stages[0])},
+                    "published_values": median_seconds(
+                        lambda s=space, r=first[0], v=values, at=layer: published(s, r, at, v, v.steps), 1
+                    )
+                    if method == "MEMIT"
+                    else None,
+                    "at_peak": {
+                        "arithmetic": needed_flops(space, first, layer) * values.steps / speed,
+                        "memory": needed_bytes(space, layer) * values.steps / bandwidth,
+                    },
+                    "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30
+                    if device == "cuda"
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                    "model_gb": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30,
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+            del session, editor, space
+        del model
+    return rows
+
+
 # Tables
 
 
@@ -451,6 +561,19 @@ def show(found: dict[str, list[dict[str, Any]]], steps: int) -> None:
                 for r in rows
             ],
         )  # fmt: skip
+    if rows := found.get("large"):
+        print("Whole edits of one layer, 25 steps, 20 contexts, seconds\n")
+        stages = ["keys", "values", "solve", "write"]
+        print_table(
+            ["model", "on", "method", "edit", *stages, "published values", "limit of values", "peak, GB", "model, GB"],
+            [
+                [r["model"], f"{r['device']}, {r['dtype']}", r["method"], f"{r['edit']:.2f}",
+                 *(f"{r['stages'].get(stage, 0):.3f}" for stage in stages),
+                 "" if r["published_values"] is None else f"{r['published_values']:.2f}",
+                 f"{max(r['at_peak'].values()):.3f}", f"{r['peak_memory_gb']:.1f}", f"{r['model_gb']:.1f}"]
+                for r in rows
+            ],
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -463,11 +586,20 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--whole_edits", type=int, default=200)
+    parser.add_argument("--large", nargs="+", default=["llama-3-8b", "qwen2.5-7b"], help=", ".join(SHAPES))
+    parser.add_argument("--large_edits", type=int, default=5)
+    parser.add_argument("--large_tokens", type=int, default=20_000, help="of the corpus, for the key covariance")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     args = parser.parse_args()
-    sections = {"values": bench_values, "solve": bench_solve, "sequence": bench_sequence, "edits": bench_edits}
+    sections = {
+        "values": bench_values,
+        "solve": bench_solve,
+        "sequence": bench_sequence,
+        "edits": bench_edits,
+        "large": bench_large,
+    }
     unknown = sorted(set(args.only) - set(sections))
     if unknown:
         raise SystemExit(f"There is no section {unknown[0]!r}; there are {', '.join(sections)}.")

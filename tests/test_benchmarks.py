@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -36,8 +40,26 @@ def test_bench_writes_figures_and_tables(tmp_path: Path) -> None:
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
 
+def test_bench_of_a_published_shape(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    asked = ["--only", "large", "--large", "tiny", "--large_edits", "2", "--large_tokens", "2000", "--out", str(out)]
+    said = run("edit_speed.py", *asked)
+    rows = json.loads(out.read_text())["large"]
+    assert [row["method"] for row in rows] == ["MOSE", "MEMIT", "AlphaEdit"]
+    for row in rows:
+        assert row["edit"] > row["stages"]["values"] > 0.5 * max(row["at_peak"].values()) > 0
+    assert said.count("\n| tiny | cpu, float32 |") == 3
+    spec = importlib.util.spec_from_file_location("edit_speed", REPOSITORY / "benchmarks" / "edit_speed.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit, match="no shape '70b'; there are llama-3-8b, qwen2.5-7b"):
+        module.shaped("70b", "cpu", torch.float32)
+
+
 def test_an_unknown_section_is_named() -> None:
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "edit_speed.py"), "--only", "speed"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert "no section 'speed'; there are values, solve, sequence, edits" in done.stderr
+    assert "no section 'speed'; there are values, solve, sequence, edits, large" in done.stderr
