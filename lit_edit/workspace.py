@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.architectures import Architecture, Family
+from lit_edit.originals import Originals
 from lit_edit.prompts import Prompter, Row, in_context
 from lit_edit.requests import EditRequest
 from lit_edit.stopwatch import Stopwatch
@@ -23,9 +24,9 @@ class Workspace:
 
     ``contexts`` are templates with one ``{}`` for the prompt, the bare ``{}`` first; they are part of an edit's
     definition. Each for the layers where it was asked for: ``covariances`` maps a layer to C = E[k kᵀ] (p, p),
-    ``gradients`` to the gradient of the language-model loss on a corpus (d, p), ``originals`` to a copy of the weight
-    (d, p) before the first edit. ``stopwatch`` counts the seconds of an edit by stage. ``cuttable`` is false once
-    passes of the model have turned out not to bear being cut (`lit_edit.suffix`).
+    ``gradients`` to the gradient of the language-model loss on a corpus (d, p). ``originals`` are the weights before
+    the first edit, for all who ask; whoever writes to one tells it before. ``stopwatch`` counts the seconds of an edit
+    by stage. ``cuttable`` is false once passes of the model have turned out not to bear being cut (`lit_edit.suffix`).
     """
 
     model: nn.Module
@@ -35,9 +36,12 @@ class Workspace:
     contexts: list[str]
     covariances: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
-    originals: dict[int, Tensor] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     cuttable: bool = True
+    originals: Originals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.originals = Originals(self.model)
 
     @classmethod
     def of(
@@ -64,6 +68,18 @@ class Workspace:
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.architecture.device
+
+    def original(self, layer: int) -> Tensor | None:
+        """``W_0 (d, p)``, a layer's weight before its first edit; None where nobody has asked for originals.
+
+        It lies on the CPU, or, while the layer has not been edited, is the weight itself (`Originals.get`).
+
+        Raises:
+            ValueError: if the weight was changed without its originals being told.
+        """
+        part = self.architecture[layer]
+        stored = self.originals.get(part.name)
+        return stored.T if stored is not None and part.transposed else stored
 
     def rewriting_rows(self, request: EditRequest, contexts: Sequence[str] | None = None) -> list[Row]:
         """The edit prompt and its target within every context, the subject located behind the context.
