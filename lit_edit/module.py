@@ -335,15 +335,16 @@ class LitEdit(L.LightningModule):
         """Writes what the edits changed, see `lit_edit.delta.save_delta`. Needs `keep_originals` before the fit.
 
         Raises:
-            ValueError: without that.
+            ValueError: without that, or if an editable weight was changed by other means than an edit.
         """
         if self.session is None or self._fingerprint is None or not self.session.workspace.originals.keeps:
             raise ValueError("The weights before the first edit were not kept: call keep_originals() before the fit.")
-        copies = self.session.workspace.originals.copies
+        originals = self.session.workspace.originals
+        found = {name: originals.get(name) for name in self.session.edited_weights() if originals.changed(name)}
         return save_delta(
             path,
             self.model,
-            {name: copies[name] for name in self.session.edited_weights() if name in copies},
+            {name: weight for name, weight in found.items() if weight is not None},
             original=self._fingerprint,
             tolerance=tolerance,
             method=type(getattr(self.editor, "solver", self.editor)).__name__,

@@ -337,9 +337,10 @@ def test_an_editor_that_writes_in_secret_loses_no_weight(tiny_folder: Folder, tm
     fit(module, tmp_path, EditCheckpoint(str(tmp_path)), count=1)
     saved = torch.load(tmp_path / "edits.ckpt", weights_only=True)["state_dict"]
     torch.testing.assert_close(saved, {f"model.{n}": w for n, w in module.edited_parameters().items()})
-    module = module_of(Secret([1], steps=1), tiny_folder, tmp_path)
-    with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_proj\.weight' was changed past the editor"):
-        fit(module, tmp_path, MatrixStability(), count=1)
+    for asking in (MatrixStability(), ExportModel(model=False, delta=True)):
+        module = module_of(Secret([1], steps=1), tiny_folder, tmp_path)
+        with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_proj\.weight' was changed past the editor"):
+            fit(module, tmp_path, asking, count=1)
 
 
 def test_quick_methods_share_the_store(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ def foresee(config: Mapping[str, Any], console: Console) -> Foreseen | None:
     """Estimates and prints the memory of a run from its settings, without loading the model.
 
     Args:
-        config: the settings of ``fit``: ``model``, ``data``, ``trainer``, and of callbacks that compare weights with the
-            original ones, ``stability`` and ``export``.
+        config: the settings of ``fit``: ``model``, ``data``, ``trainer``, and of callbacks that compare weights with
+            the original ones, ``stability`` and ``export``.
         console: where to print.
 
     Returns:
