@@ -24,7 +24,7 @@ class Exporting(Protocol):
         """Writes the model into a folder."""
 
     def keep_originals(self) -> None:
-        """Has the weights kept that edits will touch."""
+        """Has each weight that is edited kept as it was before."""
 
     def export_delta(self, path: str | Path) -> object:
         """Writes what the edits changed into a file."""
@@ -37,7 +37,8 @@ class ExportModel(Callback):
         dirpath: the model's folder; ``model`` in the run's log directory if None.
         model: whether to write the model; ``edits.jsonl`` is written in any case.
         delta: whether to write ``delta.safetensors`` into the log directory, which turns the original model into the
-            edited one, bit by bit (`lit_edit.load_delta`). The weights that edits may touch are kept twice meanwhile.
+            edited one, bit by bit (`lit_edit.load_delta`). The module meanwhile keeps each edited weight as it was
+            before, on the CPU, once for all who ask.
     """
 
     def __init__(self, dirpath: str | None = None, model: bool = True, delta: bool = False) -> None:

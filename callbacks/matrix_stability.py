@@ -125,10 +125,11 @@ class MatrixStability(EveryNEdits):
     ``stability/<parameter>/<figure>``, and over all of them ``stability/worst_condition_number``,
     ``stability/worst_spectrum_drift``, ``stability/mean_frobenius_norm`` and ``stability/mean_relative_drift``.
 
-    Drift is measured from the weights before the first edit. A copy of them is kept on the CPU and saved in
-    checkpoints, so a resumed run goes on measuring from there; checkpoints grow by the size of the watched matrices.
-    Where a checkpoint holds no copy, because the callback was added later, drift starts at the resumed weights, with a
-    warning.
+    Drift is measured from the weights before the first edit. `lit_edit.LitEdit` keeps those that are edited, once for
+    all who ask, and finds them again in the unedited model when a run is resumed. For a module without
+    ``keep_originals()`` and ``original_parameter(name)`` a copy of the watched matrices is kept here, on the CPU, and
+    saved in checkpoints, which grow by as much. Where a checkpoint holds no copy, because the callback was added later,
+    drift starts at the resumed weights, with a warning.
 
     Args:
         parameters: names or shell-style patterns (``*`` also matches dots) of the parameters to watch. By default
@@ -159,8 +160,8 @@ class MatrixStability(EveryNEdits):
         if parameters is not None and not parameters:
             raise ValueError("parameters is an empty list; leave it out to watch the edited matrices.")
         self.parameters = parameters
-        self._reference: dict[str, Tensor] = {}
-        self._spectra: dict[str, Tensor] = {}  # of the reference
+        self._reference: dict[str, Tensor] = {}  # of what the module does not keep itself
+        self._spectra: dict[str, Tensor] = {}  # of the starting weights
 
     @property
     @override
@@ -174,10 +175,20 @@ class MatrixStability(EveryNEdits):
         self._reference, self._spectra = {}, {}
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        keep = getattr(pl_module, "keep_originals", None)
+        if stage == "fit" and callable(keep) and count_edits(trainer, pl_module) == 0:
+            keep()
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By now a checkpoint has been restored under every strategy, the reference with it, and no edit has been made.
         matrices = self._select(pl_module)
-        missing = [name for name in matrices if name not in self._reference]
+        for name in list(self._reference):  # of a checkpoint that held them although the module keeps them
+            if _kept_by_module(pl_module, name) is not None:
+                del self._reference[name]
+        missing = [name for name in matrices if self._start(pl_module, name) is None]
         if missing and count_edits(trainer, pl_module) > 0:
             rank_zero_warn(
                 f"No starting weights of {_some(missing)} were saved; drift is measured from the resumed weights.",
@@ -191,12 +202,14 @@ class MatrixStability(EveryNEdits):
         tagged: dict[str, float] = {}
         by_figure: dict[str, list[float]] = {}
         for name, weight in self._select(pl_module).items():
-            spectrum = _spectrum(weight)
+            spectrum, start = _spectrum(weight), self._start(pl_module, name)
+            if start is None:
+                raise RuntimeError(f"The starting weight of {name!r} is missing: `on_train_start` was not called.")
+            start = start.to(weight.device)
             if name not in self._spectra:
-                start = self._reference[name].to(weight.device)
                 self._spectra[name] = spectrum if torch.equal(start, weight) else _spectrum(start)
             figures = _figures(weight, spectrum)
-            figures["relative_drift"] = relative_drift(weight, self._reference[name])
+            figures["relative_drift"] = relative_drift(weight, start)
             figures["spectrum_drift"] = _relative_distance(spectrum, self._spectra[name])
             for figure, value in figures.items():
                 tagged[f"stability/{name}/{figure}"] = value
@@ -219,6 +232,11 @@ class MatrixStability(EveryNEdits):
         self._reference = {name: weight.cpu() for name, weight in state_dict["reference"].items()}
         self._spectra = {}
 
+    def _start(self, pl_module: LightningModule, name: str) -> Tensor | None:
+        """A matrix as it was at the start, kept here or by the module; None where it is not known."""
+        own = self._reference.get(name)
+        return own if own is not None else _kept_by_module(pl_module, name)
+
     def _select(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """The matrices to watch, by name. Looked up anew each time: a module may replace a parameter object."""
         chosen = self._matching(pl_module) if self.parameters is not None else _default_matrices(pl_module)
@@ -240,6 +258,12 @@ class MatrixStability(EveryNEdits):
                 )
             chosen.update(found)
         return chosen
+
+
+def _kept_by_module(pl_module: LightningModule, name: str) -> Tensor | None:
+    original = getattr(pl_module, "original_parameter", None)
+    kept: Tensor | None = original(name) if callable(original) else None
+    return kept
 
 
 def _default_matrices(pl_module: LightningModule) -> dict[str, Tensor]:

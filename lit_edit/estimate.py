@@ -4,7 +4,9 @@ Memory is what lasts (weights, statistics, what methods keep) plus the largest o
 width d, the projections' input size p, L editable of N blocks, vocabulary v, and texts of t tokens:
 
 * weights: as many bytes as they have in their dtype;
-* key covariances: ``8 p²`` for each of L; language-model gradients: ``8 d p``; original weights: as stored;
+* key covariances: ``8 p²`` for each of L; language-model gradients: ``8 d p``;
+* original weights, where somebody asks for them (`lit_edit.originals`): as stored, for each of L that is edited, and
+  never on a GPU; all of L are counted;
 * what the solver keeps: `Solver.kept_size` numbers of 8 bytes for each of L (AlphaEdit's projector: ``p²``);
 * keys of past edits: ``4 p`` for each edit and layer, at most, and ``8 p`` for each in the layer being solved;
 * while key covariances are collected: ``8 p²`` for each of L a second time, and the keys of one batch of texts;
@@ -67,7 +69,14 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def memory_needed(workspace: Workspace, editor: Editor, requests: Sequence[EditRequest], batch_size: int) -> Memory:
+def memory_needed(
+    workspace: Workspace,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    batch_size: int,
+    keeps_originals: bool = False,
+    on_gpu: bool = False,
+) -> Memory:
     """Memory of a run, from shapes alone (see the module).
 
     Args:
@@ -75,6 +84,8 @@ def memory_needed(workspace: Workspace, editor: Editor, requests: Sequence[EditR
         editor: the method.
         requests: all edits of the run; their longest text counts.
         batch_size: how many are edited at once.
+        keeps_originals: whether others than the editor ask for the original weights.
+        on_gpu: count what lies on the GPU alone.
 
     Raises:
         ValueError: if the editor wants layers that the model does not have, or a request does not fit the model.
@@ -87,7 +98,7 @@ def memory_needed(workspace: Workspace, editor: Editor, requests: Sequence[EditR
         lasting["key covariances"] = sum(8 * p * p for _, p in shapes)
     if editor.needs_gradients:
         lasting["language-model gradients"] = sum(8 * d * p for d, p in shapes)
-    if editor.needs_originals:
+    if (editor.needs_originals or keeps_originals) and not on_gpu:
         lasting["original weights"] = sum(p.weight.numel() * p.weight.element_size() for p in parts)
     head = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary, itemsize = head.weight.shape[0], head.weight.element_size()

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lit_edit.requests import EditRequest
 from lit_edit.taps import read_inputs
-
-if TYPE_CHECKING:
-    from lit_edit.workspace import Workspace
+from lit_edit.workspace import Workspace
 
 ROWS_AT_ONCE = 256
 """Texts in a forward pass whose inputs of a layer are kept for all their tokens."""
@@ -50,46 +46,6 @@ class BareKey(KeyAverage):
     def average(self, keys: Tensor) -> Tensor:
         """(contexts, p) to (p,)."""
         return keys[0]
-
-
-@dataclass
-class KeptKeys:
-    """The keys of the batch being edited, for as long as neither a weight nor the contexts change.
-
-    An edit asks for the same keys several times: where its layers are chosen, where its values start from, and where
-    its first layer is solved for.
-    """
-
-    _of: Any = None
-    _keys: dict[tuple[KeyAverage, int, str, str, str], Tensor] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        """Forgets all: another batch begins."""
-        self._keys.clear()
-
-    def look_up(
-        self, workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: KeyAverage
-    ) -> dict[int, Tensor] | None:
-        """The keys as `compute_keys` gives them, if all are there."""
-        now = (tuple(workspace.contexts), [(id(p), p._version) for p in workspace.model.parameters()])
-        if now != self._of:
-            self._of = now
-            self.clear()
-        found = {layer: [self._keys.get(_name(average, layer, r)) for r in requests] for layer in layers}
-        kept = {layer: [key for key in keys if key is not None] for layer, keys in found.items()}
-        if not requests or any(len(keys) < len(requests) for keys in kept.values()):
-            return None
-        return {layer: torch.stack(keys, dim=1) for layer, keys in kept.items()}
-
-    def keep(self, requests: Sequence[EditRequest], average: KeyAverage, keys: dict[int, Tensor]) -> None:
-        """Keeps what `look_up` did not find."""
-        for layer, found in keys.items():
-            for i, request in enumerate(requests):
-                self._keys[_name(average, layer, request)] = found[:, i]
-
-
-def _name(average: KeyAverage, layer: int, request: EditRequest) -> tuple[KeyAverage, int, str, str, str]:
-    return average, layer, request.prompt, request.subject, request.target_new
 
 
 def compute_keys(

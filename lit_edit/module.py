@@ -21,6 +21,7 @@ from lit_edit.session import EditSession
 from lit_edit.statistics import COMMAND, model_fingerprint
 
 CHECKPOINT_KEY = "lit_edit"
+_PREFIX = "model."  # of the names of the model's parameters in this module
 
 
 class LitEdit(L.LightningModule):
@@ -28,7 +29,8 @@ class LitEdit(L.LightningModule):
 
     ``training_step`` computes v* by gradient optimisation, ``on_train_batch_end`` applies the closed-form update.
     Callbacks see the edit count as `edits_applied` and the requests so far as `edited_requests`. A checkpoint holds the
-    edited weights and the editor's state, not the rest of the model.
+    weights of the layers that were edited and the editor's state, not the rest of the model, and no weight as it was
+    before: on resuming, the unedited model has it.
 
     Args:
         editor: the method.
@@ -80,7 +82,6 @@ class LitEdit(L.LightningModule):
         self._pending: Plan | None = None
         self._fingerprint: str | None = None  # of the unedited model
         self._keeps_originals = False
-        self._originals: dict[str, Tensor] | None = None
 
     @property
     def journal(self) -> Journal:
@@ -110,6 +111,26 @@ class LitEdit(L.LightningModule):
             raise RuntimeError("The editable weights are known once a fit has been set up.")
         return self.session.edited_weights()
 
+    def original_parameter(self, name: str) -> Tensor | None:
+        """A parameter as it was before the first edit, for callbacks that compare; ask for it with `keep_originals`.
+
+        Args:
+            name: as in `edited_parameters`, or as in ``named_parameters`` of this module.
+
+        Returns:
+            A copy on the CPU, shared by all who ask; of a parameter that was never edited the parameter itself,
+            detached. None where nobody asked before the first edit. Not to be changed, and not to be held across an
+            edit.
+
+        Raises:
+            AttributeError: if the model has no such parameter.
+            ValueError: if the parameter was changed by other means than an edit, so that its original is lost.
+        """
+        if self.session is None:
+            raise RuntimeError("The original weights are known once a fit has been set up.")
+        own = name.removeprefix(_PREFIX) if name in dict(self.named_parameters()) else name
+        return self.session.workspace.originals.get(own)
+
     def _requests(self) -> list[EditRequest]:
         """All requests of the run, where the data module offers them."""
         return list(getattr(getattr(self.trainer, "datamodule", None), "requests", []))
@@ -138,7 +159,7 @@ class LitEdit(L.LightningModule):
         )
         self._fingerprint = model_fingerprint(self.model)
         if self._keeps_originals:
-            self._originals = {name: w.cpu().clone() for name, w in self.session.edited_weights().items()}
+            self.session.workspace.originals.keep()
         # Without a data module of this project the requests are seen, and checked, batch by batch only.
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
         self.session.check(self._requests(), batch_size)
@@ -199,7 +220,7 @@ class LitEdit(L.LightningModule):
 
     @property
     def strict_loading(self) -> bool:
-        """False: a checkpoint holds the edited weights only."""
+        """False: a checkpoint holds the weights of edited layers only."""
         return False
 
     @strict_loading.setter
@@ -207,7 +228,7 @@ class LitEdit(L.LightningModule):
         raise AttributeError("LitEdit checkpoints hold edited weights only and are never loaded strictly.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the edited weights and the editor's state.
+        """Keeps the weights of the layers that were edited, the names of all editable ones, and the editor's state.
 
         A callback may save between the two halves of a batch. Lightning counts that batch as done, so its update is
         applied first; otherwise a resumed run would lack one edit. In the same way the editor finishes first where a
@@ -219,8 +240,10 @@ class LitEdit(L.LightningModule):
         epoch: Any = self.trainer.fit_loop.epoch_progress.current
         if epoch.processed > epoch.completed:
             session.finish()
-        checkpoint["state_dict"] = {f"model.{name}": w.cpu() for name, w in session.edited_weights().items()}
+        editable, originals = session.edited_weights(), session.workspace.originals
+        checkpoint["state_dict"] = {_PREFIX + name: w.cpu() for name, w in editable.items() if originals.changed(name)}
         checkpoint[CHECKPOINT_KEY] = {
+            "editable": {_PREFIX + name: list(w.shape) for name, w in editable.items()},
             "editor": {name: tensor.cpu() for name, tensor in self.editor.state_dict().items()},
             "contexts": list(session.workspace.contexts),
             "journal": session.journal.state_dict(),
@@ -228,27 +251,31 @@ class LitEdit(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` kept.
+        """Restores what `on_save_checkpoint` kept, and takes the originals from the model as it is now, unedited.
 
         Raises:
-            ValueError: if the checkpoint is none of an editing run, or of another model or other layers. Lightning
-                would pass over its weights in silence.
+            ValueError: if the checkpoint is none of an editing run, or of another model or other layers (Lightning
+                would pass over its weights in silence), or if this module has since edited layers that are unedited in
+                the checkpoint, and has not kept their originals.
         """
         session, state = self._session(), checkpoint.get(CHECKPOINT_KEY)
         if state is None:
             raise ValueError("The checkpoint was not made by LitEdit: it holds no record of edits.")
-        saved = {name: tuple(w.shape) for name, w in checkpoint["state_dict"].items()}
-        here = {f"model.{name}": tuple(w.shape) for name, w in session.edited_weights().items()}
-        if saved != here:
+        weights = {name: tuple(w.shape) for name, w in checkpoint["state_dict"].items()}
+        # The first version of these checkpoints held all editable weights and did not name them.
+        saved = {name: tuple(shape) for name, shape in state.get("editable", weights).items()}
+        here = {_PREFIX + name: tuple(w.shape) for name, w in session.edited_weights().items()}
+        if saved != here or not weights.items() <= saved.items():
             raise ValueError(
-                f"The checkpoint holds the weights {_named(saved)}, this run edits {_named(here)}: resume with the "
-                "model and layers the run was started with."
+                f"The checkpoint holds the weights {_named(saved | weights)}, this run edits {_named(here)}: resume "
+                "with the model and layers the run was started with."
             )
         if state.get("original") not in (None, self._fingerprint):
             raise ValueError(
                 "The checkpoint was made from a model with the same layers and other weights: resume with the model "
                 "and dtype the run was started with."
             )
+        checkpoint["state_dict"] = self._replacing(checkpoint["state_dict"])
         device = session.workspace.device
         self.editor.load_state_dict({name: tensor.to(device) for name, tensor in state["editor"].items()})
         session.workspace.contexts = list(state["contexts"])
@@ -259,35 +286,65 @@ class LitEdit(L.LightningModule):
         else:
             _reopen_end(checkpoint)
 
+    def _replacing(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that have to be written to get from the present ones to those of a checkpoint.
+
+        Layers that it does not hold are unedited in it.
+        """
+        session = self._session()
+        originals, replacing = session.workspace.originals, {}
+        for name, weight in session.edited_weights().items():
+            wanted = saved.get(_PREFIX + name)
+            if wanted is None:
+                if not originals.changed(name):
+                    continue
+                wanted = originals.get(name)
+                if wanted is None:
+                    raise ValueError(
+                        f"The weight {name!r} is unedited in the checkpoint, was edited since, and was not kept as it "
+                        "was: load the checkpoint into a module that has not been fitted."
+                    )
+            if originals.changed(name) or not torch.equal(wanted.to(weight.device), weight):
+                originals.before_write(name)
+                replacing[_PREFIX + name] = wanted
+        return replacing
+
     def export(self, folder: str | Path) -> None:
         """Writes the edited model and its tokenizer as `transformers` loads them."""
         save_model(self.model, self.tokenizer, folder)
 
     def keep_originals(self) -> None:
-        """Has the editable weights kept as they were before the first edit, in memory, so that `export_delta` can work.
+        """Has each weight that is edited kept as it was before, for `export_delta` and `original_parameter`.
+
+        They are kept on the CPU, one copy for all who ask, and are in no checkpoint.
 
         Raises:
             ValueError: if edits were made already without it.
         """
-        if self.session is not None and self._originals is None:
-            raise ValueError(
-                f"The weights before the {self.edits_applied} edits were not kept: ask for a delta from the first fit "
-                "on, or make one from the run with `train.py export --delta`."
-            )
+        if self.session is not None:
+            try:
+                self.session.workspace.originals.keep()
+            except ValueError as error:
+                raise ValueError(
+                    f"The weights before the {self.edits_applied} edits were not kept: ask for a delta from the first "
+                    "fit on, or make one from the run with `train.py export --delta`."
+                ) from error
         self._keeps_originals = True
 
     def export_delta(self, path: str | Path, tolerance: float = 0.0) -> DeltaHeader:
         """Writes what the edits changed, see `lit_edit.delta.save_delta`. Needs `keep_originals` before the fit.
 
         Raises:
-            ValueError: without that.
+            ValueError: without that, or if an editable weight was changed by other means than an edit.
         """
-        if self._originals is None or self._fingerprint is None:
+        if self.session is None or self._fingerprint is None or not self.session.workspace.originals.keeps:
             raise ValueError("The weights before the first edit were not kept: call keep_originals() before the fit.")
+        originals = self.session.workspace.originals
+        found = {name: originals.get(name) for name in self.session.edited_weights() if originals.changed(name)}
         return save_delta(
             path,
             self.model,
-            self._originals,
+            {name: weight for name, weight in found.items() if weight is not None},
             original=self._fingerprint,
             tolerance=tolerance,
             method=type(getattr(self.editor, "solver", self.editor)).__name__,

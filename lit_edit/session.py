@@ -139,7 +139,7 @@ class EditSession:
                 if editor.needs_gradients:
                     self.workspace.gradients = over_corpus(GRADIENTS)
         if editor.needs_originals:
-            self.workspace.originals = {part.index: part.weight.clone() for part in self.editable}
+            self.workspace.originals.keep()
         self.prepared = watch.take()  # and the first edit's own seconds begin at nothing
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.architectures import Architecture, Family
-from lit_edit.keys import KeptKeys
+from lit_edit.originals import Originals
 from lit_edit.prompts import Prompter, Row, in_context
 from lit_edit.requests import EditRequest
 from lit_edit.stopwatch import Stopwatch
@@ -20,14 +20,55 @@ KL_PROMPT = "{} is a"
 
 
 @dataclass
+class KeptKeys:
+    """The keys of the batch being edited, for as long as neither a weight nor the contexts change.
+
+    An edit asks for the same keys several times: where its layers are chosen, where its values start from, and where
+    its first layer is solved for. An average of keys is known again by its identity.
+    """
+
+    _of: Any = None
+    _keys: dict[tuple[Hashable, int, str, str, str], Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forgets all: another batch begins."""
+        self._keys.clear()
+
+    def look_up(
+        self, workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: Hashable
+    ) -> dict[int, Tensor] | None:
+        """The keys as `lit_edit.keys.compute_keys` gives them, if all are there."""
+        now = (tuple(workspace.contexts), [(id(p), p._version) for p in workspace.model.parameters()])
+        if now != self._of:
+            self._of = now
+            self.clear()
+        found = {layer: [self._keys.get(_name(average, layer, r)) for r in requests] for layer in layers}
+        kept = {layer: [key for key in keys if key is not None] for layer, keys in found.items()}
+        if not requests or any(len(keys) < len(requests) for keys in kept.values()):
+            return None
+        return {layer: torch.stack(keys, dim=1) for layer, keys in kept.items()}
+
+    def keep(self, requests: Sequence[EditRequest], average: Hashable, keys: dict[int, Tensor]) -> None:
+        """Keeps what `look_up` did not find."""
+        for layer, found in keys.items():
+            for i, request in enumerate(requests):
+                self._keys[_name(average, layer, request)] = found[:, i]
+
+
+def _name(average: Hashable, layer: int, request: EditRequest) -> tuple[Hashable, int, str, str, str]:
+    return average, layer, request.prompt, request.subject, request.target_new
+
+
+@dataclass
 class Workspace:
     """One model and what has been prepared for editing it.
 
     ``contexts`` are templates with one ``{}`` for the prompt, the bare ``{}`` first; they are part of an edit's
     definition. Each for the layers where it was asked for: ``covariances`` maps a layer to C = E[k kᵀ] (p, p),
-    ``gradients`` to the gradient of the language-model loss on a corpus (d, p), ``originals`` to a copy of the weight
-    (d, p) before the first edit. ``stopwatch`` counts the seconds of an edit by stage. ``cuts`` is what was found
-    out about passes of the model that are cut (`lit_edit.suffix`), ``keys`` are those of the batch being edited.
+    ``gradients`` to the gradient of the language-model loss on a corpus (d, p). ``originals`` are the weights before
+    the first edit, for all who ask; whoever writes to one tells it before. ``stopwatch`` counts the seconds of an edit
+    by stage. ``cuts`` is what was found out about passes of the model that are cut (`lit_edit.suffix`), ``keys`` are
+    those of the batch being edited.
     """
 
     model: nn.Module
@@ -37,10 +78,13 @@ class Workspace:
     contexts: list[str]
     covariances: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
-    originals: dict[int, Tensor] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     cuts: Known = field(default_factory=Known)
     keys: KeptKeys = field(default_factory=KeptKeys)
+    originals: Originals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.originals = Originals(self.model)
 
     @classmethod
     def of(
@@ -67,6 +111,18 @@ class Workspace:
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.architecture.device
+
+    def original(self, layer: int) -> Tensor | None:
+        """``W_0 (d, p)``, a layer's weight before its first edit; None where nobody has asked for originals.
+
+        It lies on the CPU, or, while the layer has not been edited, is the weight itself (`Originals.get`).
+
+        Raises:
+            ValueError: if the weight was changed without its originals being told.
+        """
+        part = self.architecture[layer]
+        stored = self.originals.get(part.name)
+        return stored.T if stored is not None and part.transposed else stored
 
     def rewriting_rows(self, request: EditRequest, contexts: Sequence[str] | None = None) -> list[Row]:
         """The edit prompt and its target within every context, the subject located behind the context.

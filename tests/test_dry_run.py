@@ -83,6 +83,7 @@ def test_nothing_is_written_and_everything_is_said(
     for words in (
         "weights",
         "key covariances",
+        "original weights",  # for the figures of matrices
         "memory at hand",
         "4 facts to write",
         "contradicts c0",
@@ -271,7 +272,6 @@ def test_what_lasts_is_as_large_as_the_tensors(method: str, family: str, tmp_pat
     real = {
         "key covariances": stored(workspace.covariances.values()),
         "language-model gradients": stored(workspace.gradients.values()),
-        "original weights": stored(workspace.originals.values()),
     }
     for name, size in real.items():
         assert found.pop(name, 0) == size, name
@@ -280,6 +280,7 @@ def test_what_lasts_is_as_large_as_the_tensors(method: str, family: str, tmp_pat
         return
     for request in requests():
         made.apply(made.plan([request]))
+    assert found.pop("original weights", 0) == stored(workspace.originals.copies.values())
     keys = stored(editor.memory.values())  # type: ignore[attr-defined]
     assert keys <= found.pop("keys of past edits") <= keys * (3 if method == "mose" else 1)
     kept = sum(found.values())
@@ -348,6 +349,18 @@ def test_the_gradient_pass_keeps_about_what_is_foreseen(family: str, tmp_path: P
     foreseen = memory_needed(workspace, editor, requests(), 1).passing["collecting gradients"]
     assert highest.bytes / 1.5 < foreseen < 2.5 * highest.bytes
     assert "collecting gradients" not in memory_needed(workspace, quick_editor("memit"), requests(), 1).passing
+
+
+@pytest.mark.parametrize(("method", "asks"), [("mose", False), ("prune", True)])
+def test_original_weights_are_foreseen_where_somebody_asks_and_never_on_a_gpu(
+    method: str, asks: bool, tmp_path: Path
+) -> None:
+    editor = quick_editor(method)
+    made = session("gpt2", editor, tmp_path)
+    every = stored(part.weight for part in made.editable)
+    for others, on_gpu in ((False, False), (True, False), (False, True), (True, True)):
+        found = memory_needed(made.workspace, editor, requests(), 1, keeps_originals=others, on_gpu=on_gpu).lasting
+        assert found.get("original weights", 0) == (every if (asks or others) and not on_gpu else 0)
 
 
 def test_the_highest_counts_and_what_lasts_adds_up() -> None:

@@ -252,8 +252,8 @@ class Totals(EveryNEdits):
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
         session = pl_module.session
         now = {part.index: part.weight for part in session.editable}  # type: ignore[union-attr]
-        originals = session.workspace.originals  # type: ignore[union-attr]
-        self.seen[edits] = sum(float((now[i] - originals[i]).norm()) for i in now)
+        workspace = session.workspace  # type: ignore[union-attr]
+        self.seen[edits] = sum(float((now[i] - workspace.original(i)).norm()) for i in now)
         return {"total": self.seen[edits]}
 
 

@@ -252,12 +252,13 @@ def test_a_session_collects_what_its_editor_asks_for(family: str, part: str) -> 
     workspace = EditSession(model, tokenizer, editor, texts, "texts").workspace
     assert sorted(workspace.covariances) == [1, 2]
     if part == "none":
-        assert workspace.gradients == workspace.originals == {}
+        assert workspace.gradients == {}
+        assert not workspace.originals.keeps
         return
     expected = collect_gradients(
         model, tokenizer, [f"{text} {i}" for i in range(12) for text in TEXTS], modules(model), sequence_length=128
     )
     for i in (1, 2):
         torch.testing.assert_close(workspace.gradients[i], expected[f"layer {i}"])
-        torch.testing.assert_close(workspace.originals[i], matrix_of(model, i))
+        torch.testing.assert_close(workspace.original(i), matrix_of(model, i))
         assert workspace.gradients[i].shape == matrix_of(model, i).shape

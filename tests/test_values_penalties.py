@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,9 +171,10 @@ def test_rotations_leave_no_direction_free_and_are_refused(solver: Any) -> None:
 def prepared(tiny: tuple[Any, Any], edits: int = 2) -> Workspace:
     """A workspace in whose layers some edits of rank one were written, with made-up gradients."""
     workspace = make_workspace(tiny)
+    workspace.originals.keep()
     for part in workspace.architecture.layers:
         d, p = part.weight.shape
-        workspace.originals[part.index] = part.weight.clone()
+        workspace.originals.before_write(part.name)
         part.weight.add_(0.01 * random(d, edits, seed=part.index) @ random(edits, p, seed=50 + part.index))
         workspace.gradients[part.index] = random(d, p, seed=90 + part.index)
     return workspace
@@ -182,7 +184,7 @@ def grounds(workspace: Workspace, edits: int = 2, batch: int = 1) -> dict[int, G
     return {
         part.index: Ground(
             part.weight,
-            workspace.originals[part.index],
+            workspace.original(part.index),
             workspace.gradients[part.index],
             edits,
             edits,
@@ -302,14 +304,15 @@ def test_an_editor_hands_penalties_their_layers_as_edited_so_far(
 
     class Recording(OEdit):
         def prepare(self, grounds: Sequence[Ground]) -> Callable[[Tensor], Tensor]:
-            seen.append(list(grounds))
+            seen.append([replace(g, original=g.original.clone()) for g in grounds])
             return super().prepare(grounds)
 
     workspace = make_workspace(tiny_model(family))
+    workspace.originals.keep()
+    start = weights(workspace.model)
     for part in workspace.architecture.layers:
         p = part.weight.shape[1]
         workspace.covariances[part.index] = torch.eye(p, dtype=torch.float64)
-        workspace.originals[part.index] = part.weight.clone()
         workspace.gradients[part.index] = random(*part.weight.shape)
     penalty = Recording(50.0, 50.0, 1.0)
     editor = LocateThenEdit(FixedLayers(layers), optimizer(site, [penalty]), solver(), contexts=2)
@@ -326,7 +329,7 @@ def test_an_editor_hands_penalties_their_layers_as_edited_so_far(
     for (g,) in seen:
         assert g.layer == last.name
         assert g.weight.data_ptr() == last.weight.data_ptr()
-        assert g.original is workspace.originals[last.index]
+        assert torch.equal(g.original.T if last.transposed else g.original, start[last.name])
         assert g.gradient is workspace.gradients[last.index]
 
 
@@ -336,7 +339,7 @@ def test_values_turn_away_from_what_was_written() -> None:
         workspace = make_workspace(tiny_model("llama"))
         for part in workspace.architecture.layers:
             workspace.covariances[part.index] = torch.eye(part.weight.shape[1], dtype=torch.float64)
-            workspace.originals[part.index] = part.weight.clone()
+        workspace.originals.keep()
         values = optimizer(penalties=[OEdit(weight, 0.0)], steps=40, lr=0.005)
         editor = LocateThenEdit(FixedLayers([1]), values, ROME(), contexts=2)
         first, second = (editor.apply(workspace, editor.plan(workspace, [requests()[i]]))[0].update for i in (0, 2))

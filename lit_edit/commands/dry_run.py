@@ -77,7 +77,8 @@ def foresee(config: Mapping[str, Any], console: Console) -> Foreseen | None:
     """Estimates and prints the memory of a run from its settings, without loading the model.
 
     Args:
-        config: the settings of ``fit``: ``model``, ``data``, ``trainer``.
+        config: the settings of ``fit``: ``model``, ``data``, ``trainer``, and of callbacks that compare weights with
+            the original ones, ``stability`` and ``export``.
         console: where to print.
 
     Returns:
@@ -100,8 +101,16 @@ def foresee(config: Mapping[str, Any], console: Console) -> Foreseen | None:
     known = None if family is None else Family(**family)
     workspace = Workspace.of(net, tokenizer, family=known, chat_template=bool(model.get("chat_template")))
     check_requests(data.requests, workspace.prompter)
-    need = memory_needed(workspace, made(Editor, model["editor"]), data.requests, data.batch_size)
     device = _device(str((config.get("trainer") or {}).get("accelerator") or "auto"))
+    watched = "stability" in config or bool((config.get("export") or {}).get("delta"))
+    need = memory_needed(
+        workspace,
+        made(Editor, model["editor"]),
+        data.requests,
+        data.batch_size,
+        keeps_originals=watched,
+        on_gpu=device.type == "cuda",
+    )
     foreseen = Foreseen(need, memory_at_hand(device), "GPU memory" if device.type == "cuda" else "memory")
     console.print(memory_table(foreseen))
     console.print()

@@ -15,6 +15,7 @@ from lit_edit.configuration import read_config
 from lit_edit.datamodules.base import OnBadRecord
 from lit_edit.loading import EMBEDDED, load_model
 from lit_edit.module import CHECKPOINT_KEY
+from lit_edit.originals import Originals
 from lit_edit.results import ResultsError, read_results
 from lit_edit.statistics import model_fingerprint
 
@@ -88,8 +89,12 @@ class EditedRun:
         return model.eval().requires_grad_(False), tokenizer
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> Applied:
+    def apply(self, model: nn.Module, keep_originals: bool = False) -> Applied:
         """Turns the model as `load` gave it into the edited one, in place.
+
+        Args:
+            model: the unedited model.
+            keep_originals: copy the weights that change, as they were, to the CPU.
 
         Raises:
             ValueError: if the checkpoint cannot be read, was not made by a run of edits, or belongs to another model;
@@ -109,10 +114,13 @@ class EditedRun:
                 f"{self.checkpoint} was made from another model than {self.model!r} is now, with the same layers and "
                 "other weights: name the one that was edited."
             )
-        originals = {name: parameters[name].detach().clone() for name in weights}
-        for name, weight in weights.items():
-            parameters[name].detach().copy_(weight)
-        return Applied(fingerprint, originals, len(state.get("journal", ())))
+        originals = Originals(model)
+        if keep_originals:
+            originals.keep()
+        for name in list(weights):
+            originals.before_write(name)
+            parameters[name].detach().copy_(weights.pop(name))
+        return Applied(fingerprint, originals.copies, len(state.get("journal", ())))
 
     def _read(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         try:
@@ -127,7 +135,9 @@ class EditedRun:
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """What was there before a run's weights: the model's fingerprint, the weights by name, and the count of edits."""
+    """What was there before a run's weights: the model's fingerprint, the weights by name (where they were to be kept),
+    and the count of edits.
+    """
 
     fingerprint: str
     originals: dict[str, Tensor]

@@ -74,7 +74,7 @@ class Editor(ABC):
 
     @property
     def needs_originals(self) -> bool:
-        """Whether the editable weights before the first edit must be in the workspace."""
+        """Whether the workspace must keep the weights as they were before the first edit."""
         return False
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.editors.base import Applied, Plan
+from lit_edit.originals import Former
 from lit_edit.restraints import Ground, Restraint, Source, check_restraints
 from lit_edit.updates import Update
 from lit_edit.workspace import Workspace
@@ -22,22 +23,22 @@ _EDITS_HERE, _RANK_HERE = "edits_here.", "rank_here."
 def all_or_nothing(workspace: Workspace) -> Iterator[Callable[[int, Update], Applied]]:
     """Gives a function that writes an update into a layer; where the block ends in an error, nothing was written.
 
-    Layers that were written get their former weights back, bit by bit; they are kept until the block ends.
+    Layers that were written get their former weights back, bit by bit; they are kept until the block ends. The
+    workspace's originals are told of every write.
     """
-    kept: dict[int, Tensor] = {}
+    kept: dict[str, Former] = {}
 
     def write(layer: int, update: Update) -> Applied:
-        weight = workspace.architecture[layer].weight
-        if layer not in kept:
-            kept[layer] = weight.detach().clone()
-        return Applied.write(layer, update, weight)
+        part = workspace.architecture[layer]
+        if part.name not in kept:
+            kept[part.name] = workspace.originals.former(part.name)
+        return Applied.write(layer, update, part.weight)
 
     try:
         yield write
     except BaseException:  # an interrupt by the keyboard, too
-        with torch.no_grad():
-            for layer, weight in kept.items():
-                workspace.architecture[layer].weight.copy_(weight)
+        for name, former in kept.items():
+            workspace.originals.take_back(name, former)
         raise
 
 
@@ -86,7 +87,7 @@ class RestrainedWriting:
         part = workspace.architecture[layer]
         return Ground(
             part.weight,
-            original=workspace.originals.get(layer),
+            original=workspace.original(layer),
             gradient=workspace.gradients.get(layer),
             edits_here=self._edits_here.get(layer, 0),
             batch_here=batch_here,

@@ -16,7 +16,8 @@ class Ground:
 
     Args:
         weight: ``W (d, p)`` as it is now; for `Restraint.restrain`, before the update.
-        original: ``W_0 (d, p)``, the weight before the first edit of the run; None unless a restraint needs it.
+        original: ``W_0 (d, p)``, the weight before the first edit of the run, on the CPU; where the layer was never
+            edited it is ``weight`` itself. None unless a restraint needs it.
         gradient: ``∇G (d, p)``, the gradient of the language-model loss on a corpus with respect to ``W_0``; likewise.
         edits_here: requests that were written into this layer before this batch.
         edits: requests that were applied before this batch, in whichever layers.

@@ -211,11 +211,11 @@ SOLVERS: dict[str, tuple[Callable[[], Solver], Any, list[int]]] = {
 def prepared(family: str, dtype: torch.dtype = torch.float64) -> Workspace:
     """A workspace with made-up covariances of decaying spectrum and made-up gradients."""
     workspace = make_workspace(tiny_model(family), dtype=dtype)
+    workspace.originals.keep()
     for part in workspace.architecture.layers:
         d, p = part.weight.shape
         basis = torch.linalg.qr(random(p, p, seed=5)).Q
         workspace.covariances[part.index] = (basis / torch.arange(1, p + 1)) @ basis.T
-        workspace.originals[part.index] = part.weight.clone()
         workspace.gradients[part.index] = random(d, p, seed=6)
     return workspace
 
