@@ -196,12 +196,13 @@ def parts(
             grow; without, padding stands on the right and nothing is added to the caches.
     """
     length = [len(text) for text in texts]
-    most = dict(enumerate(n + more for n, more in zip(length, room or [0] * len(texts), strict=True)))
+    writing = [0] * len(texts) if room is None else room
+    most = dict(enumerate(n + more for n, more in zip(length, writing, strict=True)))
     make = _Maker(model, texts, pad_id, tokens, at_end=room is not None)
     alone: list[int] = []
     sharing = len(texts) > 1 and can_share(model, max(most.values()))
     keys = [tuple(text[:limit]) if sharing else () for text, limit in zip(texts, limits, strict=True)]
-    group_cost = make.pass_cost * (1 + max(room or [0]))  # where texts are written, a pass for each token
+    group_cost = make.pass_cost * (1 + max(writing, default=0))  # where texts are written, a pass for each token
     for chunk in _chunks(keys, tokens):
         # Two passes to compare, and another group, for those that share nothing stay apart.
         fixed = 2 * make.pass_cost + _COMPARED * max(length[i] for i in chunk) + group_cost
