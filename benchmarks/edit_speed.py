@@ -11,6 +11,8 @@
 * ``edits``: whole edits of the embedded model by MOSE and MEMIT, the first of a sequence and the last.
 * ``large``: whole edits of a random model with the shape of a published one, in bfloat16 on a GPU, or on the CPU in
   float32 where there is none; only where asked for (``--only large --large llama-3-8b qwen2.5-7b``).
+* ``evaluation``: scoring the prompts and probes of many requests, with beginnings that texts share run once, against
+  complete texts in padded batches; seconds, and the tokens that went through the model with their padding.
 
 Prints tables and writes all figures as JSON.
 
@@ -37,17 +39,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_edit.api import load_editor
 from lit_edit.corpora import load_corpus
 from lit_edit.editors import LocateThenEdit
+from lit_edit.evaluation import TOKENS_PER_BATCH, score_targets
 from lit_edit.keys import MeanKey
 from lit_edit.krylov import Preserved, procrustes_near_identity
 from lit_edit.layers import FixedLayers
 from lit_edit.linalg import procrustes
 from lit_edit.loading import EMBEDDED, load_model
-from lit_edit.prompts import sample_contexts
+from lit_edit.prompts import Prompter, Row, sample_contexts
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
 from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem
 from lit_edit.solvers.kept import KeptGram, KeptProjection
-from lit_edit.taps import change_outputs
+from lit_edit.taps import change_outputs, logits_only_at
 from lit_edit.updates import ThinRotation
 from lit_edit.values import NormClamp, NormMatched, ValueOptimizer, ValueProblem
 from lit_edit.workspace import Workspace
@@ -484,6 +487,57 @@ def bench_large(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+# Evaluation
+
+
+@torch.no_grad()
+def score_complete(model: nn.Module, prompter: Prompter, rows: list[Row]) -> None:
+    """Every token of every text, in padded batches of texts sorted by length."""
+    device = next(model.parameters()).device
+    group: list[Row] = []
+    for row in [*sorted(rows, key=lambda row: len(row.ids)), None]:
+        if group and (row is None or (len(group) + 1) * len(row.ids) > TOKENS_PER_BATCH):
+            batch = prompter.collate(group, device)
+            of, at = (batch.labels >= 0).nonzero(as_tuple=True)
+            with logits_only_at(model, of, at - 1):
+                logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            logits.float().log_softmax(-1)
+            group = []
+        if row is not None:
+            group.append(row)
+
+
+def bench_evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds and tokens of scoring all probes of some requests, by model."""
+    data = CounterFactDataModule(n_edits=args.scored)
+    data.setup("fit")
+    found = []
+    for name, (model, tokenizer, _) in models(args.models).items():
+        prompter = Prompter.of(model, tokenizer)
+        rows = [prompter.row(request.prompt, request.target_new) for request in data.requests]
+        rows += [
+            prompter.row(probe.prompt, probe.target or request.target_new)
+            for request in data.requests
+            for probe in request.probes
+        ]
+        ran: list[int] = []
+        handle = model.register_forward_pre_hook(
+            lambda _, __, given, ran=ran: ran.append(given["input_ids"].numel()), with_kwargs=True
+        )
+        row: dict[str, Any] = {"model": name, "requests": args.scored, "texts": len(rows)}
+        for way, work in (("package", score_targets), ("complete", score_complete)):
+            row[way] = median_seconds(
+                lambda work=work, model=model, p=prompter, rows=rows: work(model, p, rows), args.repeats
+            )
+            ran.clear()
+            work(model, prompter, rows)
+            row[f"{way}_tokens"] = sum(ran)
+        handle.remove()
+        found.append(row)
+        print(json.dumps(row), flush=True)
+    return found
+
+
 # Tables
 
 
@@ -561,6 +615,17 @@ def show(found: dict[str, list[dict[str, Any]]], steps: int) -> None:
                 for r in rows
             ],
         )  # fmt: skip
+    if rows := found.get("evaluation"):
+        print(f"Scoring all probes of {rows[0]['requests']} requests, seconds\n")
+        print_table(
+            ["model", "texts", "package", "complete", "complete / package", "tokens", "complete", "ratio"],
+            [
+                [r["model"], str(r["texts"]), f"{r['package']:.2f}", f"{r['complete']:.2f}",
+                 f"{r['complete'] / r['package']:.2f}", str(r["package_tokens"]), str(r["complete_tokens"]),
+                 f"{r['complete_tokens'] / r['package_tokens']:.2f}"]
+                for r in rows
+            ],
+        )  # fmt: skip
     if rows := found.get("large"):
         print("Whole edits of one layer, 25 steps, 20 contexts, seconds\n")
         stages = ["keys", "values", "solve", "write"]
@@ -578,7 +643,7 @@ def show(found: dict[str, list[dict[str, Any]]], steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["values", "solve", "sequence", "edits"])
+    parser.add_argument("--only", nargs="+", default=["values", "solve", "sequence", "edits", "evaluation"])
     parser.add_argument(
         "--models", nargs="+", default=["embedded", "llama-24x512"], help="llama-<layers>x<width>: random"
     )
@@ -589,6 +654,7 @@ def main() -> None:
     parser.add_argument("--large", nargs="+", default=["llama-3-8b", "qwen2.5-7b"], help=", ".join(SHAPES))
     parser.add_argument("--large_edits", type=int, default=5)
     parser.add_argument("--large_tokens", type=int, default=20_000, help="of the corpus, for the key covariance")
+    parser.add_argument("--scored", type=int, default=100, help="requests whose probes are scored")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
@@ -598,6 +664,7 @@ def main() -> None:
         "solve": bench_solve,
         "sequence": bench_sequence,
         "edits": bench_edits,
+        "evaluation": bench_evaluation,
         "large": bench_large,
     }
     unknown = sorted(set(args.only) - set(sections))

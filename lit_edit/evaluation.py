@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lit_edit.metrics import IGNORED, TargetScores, target_scores
+from lit_edit.prefixes import parts
 from lit_edit.prompts import Prompter, Row
 from lit_edit.requests import EditRequest
 from lit_edit.taps import logits_only_at
@@ -17,39 +19,33 @@ from lit_edit.taps import logits_only_at
 TOKENS_PER_BATCH = 4096
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices sorted by length, in groups whose padded size stays below `TOKENS_PER_BATCH`."""
-    group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if group and (len(group) + 1) * lengths[i] > TOKENS_PER_BATCH:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
-
-
 @torch.no_grad()
 def score_targets(model: nn.Module, prompter: Prompter, rows: Sequence[Row]) -> TargetScores:
     """Scores the target of every row under teacher forcing, in the order given; tensors (rows,) on the CPU."""
     device = next(model.parameters()).device
-    parts: list[tuple[list[int], TargetScores]] = []
-    for group in _batches([len(r.ids) for r in rows]):
-        batch = prompter.collate([rows[i] for i in group], device)
+    scored: list[tuple[list[int], TargetScores]] = []
+    place: dict[tuple[tuple[int, ...], int], int] = {}
+    where = torch.tensor([place.setdefault((row.ids, row.target_start), len(place)) for row in rows], dtype=torch.long)
+    rows = [Row(*distinct) for distinct in place]  # neighbours of several facts are often the same
+    texts = [row.ids for row in rows]
+    # The token that predicts the first of the target is run with every row.
+    limits = [max(0, row.target_start - 1) for row in rows]
+    for part in parts(model, texts, limits, prompter.pad_id, TOKENS_PER_BATCH):
+        labels = prompter.collate([rows[i] for i in part.rows], device).labels
         # The targets alone, each row's moved to the front behind a first column that nothing predicts.
-        of, at = (batch.labels != IGNORED).nonzero(as_tuple=True)
-        column = at - (batch.labels != IGNORED).int().argmax(1)[of] + 1
-        with logits_only_at(model, of, at - 1):
-            found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[0]
+        of, at = (labels != IGNORED).nonzero(as_tuple=True)
+        column = at - (labels != IGNORED).int().argmax(1)[of] + 1
+        with logits_only_at(model, of, at - 1 - part.first[of]):
+            found = part.run(model).logits[0]
         longest = int(column.max())
-        targets = torch.full((len(group), longest + 1), IGNORED, device=device)
-        targets[of, column] = batch.labels[of, at]
-        logits = found.new_zeros(len(group), longest + 1, found.shape[-1])
+        targets = torch.full((len(part.rows), longest + 1), IGNORED, device=device)
+        targets[of, column] = labels[of, at]
+        logits = found.new_zeros(len(part.rows), longest + 1, found.shape[-1])
         logits[of, column - 1] = found
-        parts.append((group, target_scores(logits, targets)))
-    order = torch.tensor([i for group, _ in parts for i in group])
-    fields = (torch.cat([score[f].cpu() for _, score in parts]) for f in range(4))
-    return TargetScores(*(_in_order(values, order) for values in fields))
+        scored.append((part.rows, target_scores(logits, targets)))
+    order = torch.tensor([i for group, _ in scored for i in group])
+    fields = (torch.cat([score[f].cpu() for _, score in scored]) for f in range(4))
+    return TargetScores(*(_in_order(values, order)[where] for values in fields))
 
 
 def _in_order(values: Tensor, order: Tensor) -> Tensor:
@@ -66,21 +62,15 @@ def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_token
     `model.generate`: it obeys the model's own generation settings, such as a repetition penalty or further end tokens,
     and its answers would then not be the most likely tokens that `evaluate` compares with.
     """
-    device = next(model.parameters()).device
-    rows = [prompter.row(p).ids for p in prompts]
+    texts = [prompter.row(p).ids for p in prompts]
     out: list[list[int]] = [[] for _ in prompts]
     eos = prompter.tokenizer.eos_token_id
-    for group in _batches([len(ids) + n for ids, n in zip(rows, max_new_tokens, strict=True)]):
-        longest = max(len(rows[i]) for i in group)
-        ids = torch.full((len(group), longest), prompter.pad_id)
-        mask = torch.zeros_like(ids)
-        for j, i in enumerate(group):
-            ids[j, longest - len(rows[i]) :] = torch.tensor(rows[i])
-            mask[j, longest - len(rows[i]) :] = 1
-        ids, mask, cache = ids.to(device), mask.to(device), None
-        going = [i for i in group if max_new_tokens[i] > 0]
+    limits = [max(0, len(ids) - 1) for ids in texts]
+    for part in parts(model, texts, limits, prompter.pad_id, TOKENS_PER_BATCH, room=max_new_tokens):
+        rows, ids, mask, cache = part.rows, part.ids, part.mask, part.cache
+        going = [i for i in rows if max_new_tokens[i] > 0]
         while going:
-            every = torch.arange(len(group), device=device)
+            every = torch.arange(len(rows), device=ids.device)
             with logits_only_at(model, every, torch.full_like(every, ids.shape[1] - 1)):
                 found = model(
                     input_ids=ids,
@@ -92,12 +82,22 @@ def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_token
                 )
             cache, ids = found.past_key_values, found.logits[0].argmax(-1)[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            token = dict(zip(group, ids[:, 0].tolist(), strict=True))
+            token = dict(zip(rows, ids[:, 0].tolist(), strict=True))
             going = [i for i in going if token[i] != eos]
             for i in going:
                 out[i].append(token[i])
             going = [i for i in going if len(out[i]) < max_new_tokens[i]]
+            # Selecting copies what is kept of all that go on: worth it once half have ended.
+            if 0 < 2 * len(going) <= len(rows) and _selectable(cache):
+                kept = torch.tensor([rows.index(i) for i in going])
+                cache.batch_select_indices(kept)
+                rows, ids, mask = going, ids[kept.to(ids.device)], mask[kept.to(ids.device)]
     return out
+
+
+def _selectable(cache: Any) -> bool:
+    """Whether all that a cache keeps are keys and values by row; recurrent states know no selection."""
+    return isinstance(cache, Cache) and {type(of) for of in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 class LocalityReference:

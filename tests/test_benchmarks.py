@@ -25,7 +25,7 @@ def run(script: str, *arguments: str) -> str:
 def test_bench_writes_figures_and_tables(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     small = ["--models", "embedded", "llama-4x64", "--batches", "2", "--sizes", "192", "--edits", "10", "--steps", "1"]
-    small += ["--whole_edits", "2"]
+    small += ["--whole_edits", "2", "--scored", "20"]
     said = run("edit_speed.py", *small, "--repeats", "1", "--out", str(out))
     found = json.loads(out.read_text())
     assert [row["model"] for row in found["values"]] == ["embedded", "llama-4x64"]
@@ -35,7 +35,10 @@ def test_bench_writes_figures_and_tables(tmp_path: Path) -> None:
     assert solved["objective_gap"] < 1e-9
     assert [row["solver"] for row in found["sequence"]] == ["MOSE", "MOSEKey", "ROME", "EMMET", "MEMIT", "AlphaEdit"]
     assert [row["method"] for row in found["edits"]] == ["mose", "memit"]
-    assert said.count("\n|---|") == 5
+    for row in found["evaluation"]:
+        assert row["package_tokens"] < row["complete_tokens"]
+    assert [row["model"] for row in found["evaluation"]] == ["embedded", "llama-4x64"]
+    assert said.count("\n|---|") == 6
     for table in re.findall(r"(?:^\|.*\|\n)+", said, flags=re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
@@ -62,4 +65,4 @@ def test_an_unknown_section_is_named() -> None:
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "edit_speed.py"), "--only", "speed"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert "no section 'speed'; there are values, solve, sequence, edits, large" in done.stderr
+    assert "no section 'speed'; there are values, solve, sequence, edits, evaluation, large" in done.stderr
