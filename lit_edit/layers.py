@@ -15,6 +15,7 @@ from lit_edit.keys import KeyAverage, compute_keys
 from lit_edit.linalg import spectral_norm
 from lit_edit.requests import EditRequest
 from lit_edit.solvers import ROME, Problem, Solver
+from lit_edit.updates import LowRank
 from lit_edit.values import ValueOptimizer, ValueProblem, Values
 from lit_edit.workspace import Workspace
 
@@ -277,7 +278,10 @@ class WilKE(LayerPolicy):
                 layer=part.name,
                 value_keys=value_keys[layer][:, i : i + 1] if apart else None,
             )
-            scores[i][layer] = relative_change(problem.weight, self.solver.solve(problem).delta(problem.weight))
+            update = self.solver.solve(problem)
+            # The norm of factors needs no dense change; that of a rotation says nothing of the weight's change.
+            size = update.norm if isinstance(update, LowRank) else float(update.delta(problem.weight).norm())
+            scores[i][layer] = size / problem.exact.norm()
             losses[i][layer] = loss
         best = [min(_in_reach(lost, s, self.reach), key=s.__getitem__) for lost, s in zip(losses, scores, strict=True)]
         return [Choice((layer,), layer, s) for layer, s in zip(best, scores, strict=True)]
@@ -304,11 +308,6 @@ def _in_reach(losses: dict[int, float], scores: dict[int, float], reach: float |
     moved = [layer for layer, score in scores.items() if score > UNMOVED] or list(losses)
     lowest = min(losses[layer] for layer in moved)
     return [layer for layer in moved if losses[layer] <= lowest + reach]
-
-
-def relative_change(weight: Tensor, change: Tensor) -> float:
-    """``‖ΔW‖_F / ‖W‖_F`` of a weight and its change, both (d, p)."""
-    return float(change.norm() / weight.norm())
 
 
 def selection_score(weight: Tensor, key: Tensor, target: Tensor, spectral_norm: float | None = None) -> float:

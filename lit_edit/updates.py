@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from lit_edit.exact import part, pieces, stored_along
 from lit_edit.linalg import less_one, orthogonality_error
 
+_WIDE = 512  # rows or columns multiplied by a large dense matrix at a time: reading it takes less than multiplying
+_NARROW = 64  # the same for a thin one, which stays in a cache
 _ORTHOGONALITY_TOLERANCE = 1e-8
 _UpdateT = TypeVar("_UpdateT", bound="Update")
 
@@ -33,6 +36,20 @@ class Written(NamedTuple):
     rounding: float
 
 
+class _Change(NamedTuple):
+    """A change that can be computed for some columns, or some rows, of a weight alone.
+
+    Attributes:
+        along: the dimension it can be cut along: 0 for rows, 1 for columns.
+        of: the dense change in float64 of a piece in its place; of the whole weight for ``slice(None)``.
+        width: the least number of rows or columns that are worth computing by themselves.
+    """
+
+    along: int
+    of: Callable[[Tensor, slice], Tensor]
+    width: int = 1
+
+
 class Update(ABC):
     """A change to one weight, held as a few float64 tensors.
 
@@ -40,16 +57,21 @@ class Update(ABC):
     """
 
     @abstractmethod
+    def _check(self, weight: Tensor) -> None:
+        """Raises ValueError if the update does not fit the weight's shape."""
+
+    @abstractmethod
+    def _change(self, weight: Tensor, inverse: bool) -> _Change:
+        """The change of ``weight (d, p)``, which fits, or the one that takes the edited weight back."""
+
     def delta(self, weight: Tensor) -> Tensor:
         """The dense change this update makes to ``weight (d, p)``, before rounding: ``(d, p)`` in float64.
 
         Raises:
             ValueError: if the update does not fit the weight's shape.
         """
-
-    @abstractmethod
-    def _inverse_delta(self, weight: Tensor) -> Tensor:
-        """The dense change that takes the edited ``weight`` back, ``(d, p)`` in float64."""
+        self._check(weight)
+        return self._change(weight, inverse=False).of(weight.detach(), slice(None))
 
     def rank(self, weight: Tensor) -> int:
         """What the rank of the change to ``weight (d, p)`` is at most: ``min(d, p)``, less where the form says so."""
@@ -72,7 +94,7 @@ class Update(ABC):
             ValueError: if the update does not fit the weight's shape or the result is not finite in the weight's dtype.
                 The weight is then unchanged.
         """
-        return self._add_(weight, self.delta(weight))[1]
+        return self._write_(weight).rounding
 
     def write_(self, weight: Tensor) -> Written:
         """:meth:`apply_`, and how large the change is beside the weight; the change is computed once.
@@ -80,9 +102,7 @@ class Update(ABC):
         Raises:
             ValueError: as :meth:`apply_`.
         """
-        before = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-        size, rounding = self._add_(weight, self.delta(weight))
-        return Written(size / before if before else math.inf if size else 0.0, rounding)
+        return self._write_(weight)
 
     def undo_(self, weight: Tensor) -> float:
         """Take back :meth:`apply_`, exact up to the rounding of the weight's dtype.
@@ -93,7 +113,7 @@ class Update(ABC):
         Raises:
             ValueError: as :meth:`apply_`.
         """
-        return self._add_(weight, self._inverse_delta(weight))[1]
+        return self._write_(weight, inverse=True).rounding
 
     def state_dict(self) -> dict[str, Tensor]:
         """The update as named tensors and nothing else, for a safetensors file or a checkpoint."""
@@ -117,19 +137,35 @@ class Update(ABC):
         raise ValueError(f"No update has the tensors {', '.join(sorted(state)) or '(none)'}. Known are {known}.")
 
     @torch.no_grad()
-    def _add_(self, weight: Tensor, delta: Tensor) -> tuple[float, float]:
-        """``‖delta‖_F``, and what rounding took of it."""
-        exact = weight.detach().to(torch.float64) + delta
-        rounded = exact.to(weight.dtype)
-        if not torch.isfinite(rounded).all():
-            raise ValueError(
-                f"{type(self).__name__} of norm {self.norm:.3g} takes the weight of shape {tuple(weight.shape)} out of "
-                f"the range of {weight.dtype}."
-            )
-        weight.detach().copy_(rounded)
-        wanted = float(torch.linalg.vector_norm(delta))
-        lost = float(torch.linalg.vector_norm(exact.sub_(rounded)))  # the float64 copy is not needed any more
-        return wanted, lost / wanted if wanted else 0.0
+    def _write_(self, weight: Tensor, inverse: bool = False) -> Written:
+        self._check(weight)
+        weight = weight.detach()
+        change = self._change(weight, inverse)
+        kept: list[tuple[Tensor, Tensor]] = []
+        norms = []
+        try:
+            for place in pieces(weight, change.along, change.width):
+                stored = part(weight, change.along, place)
+                old = stored.to(torch.float64)
+                delta = change.of(old, place)
+                exact = old + delta
+                rounded = exact.to(weight.dtype)
+                if not torch.isfinite(rounded).all():
+                    raise ValueError(
+                        f"{type(self).__name__} of norm {self.norm:.3g} takes the weight of shape "
+                        f"{tuple(weight.shape)} out of the range of {weight.dtype}."
+                    )
+                sizes = [torch.linalg.vector_norm(old), torch.linalg.vector_norm(delta)]
+                kept.append((stored, stored.clone()))
+                stored.copy_(rounded)  # a weight in float64 is `old` itself
+                norms.append(torch.stack([*sizes, torch.linalg.vector_norm(exact.sub_(rounded))]))
+        except BaseException:  # an interrupt by the keyboard, too
+            for stored, former in kept:
+                stored.copy_(former)
+            raise
+        before, wanted, lost = torch.linalg.vector_norm(torch.stack(norms), dim=0).tolist() if norms else (0.0,) * 3
+        relative = wanted / before if before else math.inf if wanted else 0.0
+        return Written(relative, lost / wanted if wanted else 0.0)
 
     def _hold(self, name: str, kind: str, ndim: int = 2) -> Tensor:
         """Check a field and keep a contiguous float64 copy: a record of an edit that later changes elsewhere leave."""
@@ -166,21 +202,24 @@ class LowRank(Update):
                 f"The factors of a low-rank update do not fit: left {tuple(left.shape)}, right {tuple(right.shape)}."
             )
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """``left @ right``, ``(d, p)``."""
+    def _check(self, weight: Tensor) -> None:
         shape = (self.left.shape[0], self.right.shape[1])
         if tuple(weight.shape) != shape:
             raise ValueError(
                 f"A low-rank update of shape {shape} does not fit a weight of shape {tuple(weight.shape)}."
             )
-        return self.left.to(weight.device) @ self.right.to(weight.device)
+
+    def _change(self, weight: Tensor, inverse: bool) -> _Change:
+        left, right = self.left.to(weight.device), self.right.to(weight.device)
+        if inverse:
+            left = -left
+        if stored_along(weight):
+            return _Change(1, lambda _, place: left @ right[:, place])
+        return _Change(0, lambda _, place: left[place] @ right)
 
     def rank(self, weight: Tensor) -> int:
         """``n`` at most."""
         return min(*weight.shape, self.left.shape[1])
-
-    def _inverse_delta(self, weight: Tensor) -> Tensor:
-        return -self.delta(weight)
 
     @property
     def norm(self) -> float:
@@ -206,17 +245,21 @@ class Additive(Update):
     def __post_init__(self) -> None:
         self._hold("change", "The change")
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """``change``, ``(d, p)``."""
+    def _check(self, weight: Tensor) -> None:
         if weight.shape != self.change.shape:
             raise ValueError(
                 f"An additive update of shape {tuple(self.change.shape)} does not fit a weight of shape "
                 f"{tuple(weight.shape)}."
             )
-        return self.change.to(weight.device)
 
-    def _inverse_delta(self, weight: Tensor) -> Tensor:
-        return -self.delta(weight)
+    def _change(self, weight: Tensor, inverse: bool) -> _Change:
+        along, change = stored_along(weight), self.change.to(weight.device)
+
+        def of(_: Tensor, place: slice) -> Tensor:
+            found = change[:, place] if along else change[place]
+            return -found if inverse else found
+
+        return _Change(along, of)
 
     @property
     def norm(self) -> float:
@@ -251,16 +294,14 @@ class Rotation(Update):
                 "first dimension must be the output's."
             )
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """``Q W − W``, ``(d, p)``."""
-        self._check(weight)
-        weight = weight.detach().to(torch.float64)
-        return self.q.to(weight.device) @ weight - weight
+    def _change(self, weight: Tensor, inverse: bool) -> _Change:
+        q = (self.q.T if inverse else self.q).to(weight.device)
 
-    def _inverse_delta(self, weight: Tensor) -> Tensor:
-        self._check(weight)
-        weight = weight.detach().to(torch.float64)
-        return self.q.T.to(weight.device) @ weight - weight
+        def of(piece: Tensor, _: slice) -> Tensor:
+            piece = piece.to(torch.float64)
+            return q @ piece - piece
+
+        return _Change(1, of, _WIDE)
 
     @property
     def norm(self) -> float:
@@ -293,16 +334,14 @@ class KeyRotation(Update):
                 "the second dimension must be the input's."
             )
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """``W Q − W``, ``(d, p)``."""
-        self._check(weight)
-        weight = weight.detach().to(torch.float64)
-        return weight @ self.key_q.to(weight.device) - weight
+    def _change(self, weight: Tensor, inverse: bool) -> _Change:
+        q = (self.key_q.T if inverse else self.key_q).to(weight.device)
 
-    def _inverse_delta(self, weight: Tensor) -> Tensor:
-        self._check(weight)
-        weight = weight.detach().to(torch.float64)
-        return weight @ self.key_q.T.to(weight.device) - weight
+        def of(piece: Tensor, _: slice) -> Tensor:
+            piece = piece.to(torch.float64)
+            return piece @ q - piece
+
+        return _Change(0, of, _WIDE)
 
     @property
     def norm(self) -> float:
@@ -342,23 +381,24 @@ class BlockKeyRotation(Update):
                 "float64."
             )
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """``W blockdiag(Q_1, …, Q_n) − W``, ``(d, p)``."""
-        return self._turned(weight, self.key_blocks)
-
-    def _inverse_delta(self, weight: Tensor) -> Tensor:
-        return self._turned(weight, self.key_blocks.mT)
-
-    def _turned(self, weight: Tensor, blocks: Tensor) -> Tensor:
-        n, b, _ = blocks.shape
+    def _check(self, weight: Tensor) -> None:
+        n, b, _ = self.key_blocks.shape
         if weight.ndim != 2 or weight.shape[1] != n * b:
             raise ValueError(
                 f"A key rotation of size {n * b}, in {n} blocks, does not fit a weight of shape "
                 f"{tuple(weight.shape)}; the second dimension must be the input's."
             )
-        weight = weight.detach().to(torch.float64)
-        turned = weight.reshape(-1, n, b).transpose(0, 1) @ blocks.to(weight.device)
-        return turned.transpose(0, 1).reshape(weight.shape) - weight
+
+    def _change(self, weight: Tensor, inverse: bool) -> _Change:
+        blocks = (self.key_blocks.mT if inverse else self.key_blocks).to(weight.device)
+        n, b, _ = blocks.shape
+
+        def of(piece: Tensor, _: slice) -> Tensor:
+            piece = piece.to(torch.float64)
+            turned = piece.reshape(-1, n, b).transpose(0, 1) @ blocks
+            return turned.transpose(0, 1).reshape(piece.shape) - piece
+
+        return _Change(0, of, min(b, _WIDE))
 
     @property
     def norm(self) -> float:
@@ -388,21 +428,16 @@ class ThinRotation(Update):
     def __post_init__(self) -> None:
         _check_thin(self._hold("basis", "A basis"), self._hold("turn", "A turn"))
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """``B (T − I) Bᵀ W``, ``(d, p)``."""
-        return self._turned(weight, self.turn)
-
-    def _inverse_delta(self, weight: Tensor) -> Tensor:
-        return self._turned(weight, self.turn.T)
-
-    def _turned(self, weight: Tensor, turn: Tensor) -> Tensor:
+    def _check(self, weight: Tensor) -> None:
         if weight.ndim != 2 or weight.shape[0] != self.basis.shape[0]:
             raise ValueError(
                 f"A rotation of size {self.basis.shape[0]} does not fit a weight of shape {tuple(weight.shape)}; the "
                 "first dimension must be the output's."
             )
-        basis = self.basis.to(weight.device)
-        return basis @ (less_one(turn).to(weight.device) @ (basis.T @ weight.detach().to(torch.float64)))
+
+    def _change(self, weight: Tensor, inverse: bool) -> _Change:
+        basis, less = self.basis.to(weight.device), less_one(self.turn.T if inverse else self.turn).to(weight.device)
+        return _Change(1, lambda piece, _: basis @ (less @ (basis.T @ piece.to(torch.float64))), _NARROW)
 
     @property
     def norm(self) -> float:
@@ -428,21 +463,17 @@ class ThinKeyRotation(Update):
     def __post_init__(self) -> None:
         _check_thin(self._hold("key_basis", "A key basis"), self._hold("key_turn", "A key turn"))
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """``W B (T − I) Bᵀ``, ``(d, p)``."""
-        return self._turned(weight, self.key_turn)
-
-    def _inverse_delta(self, weight: Tensor) -> Tensor:
-        return self._turned(weight, self.key_turn.T)
-
-    def _turned(self, weight: Tensor, turn: Tensor) -> Tensor:
+    def _check(self, weight: Tensor) -> None:
         if weight.ndim != 2 or weight.shape[1] != self.key_basis.shape[0]:
             raise ValueError(
                 f"A key rotation of size {self.key_basis.shape[0]} does not fit a weight of shape "
                 f"{tuple(weight.shape)}; the second dimension must be the input's."
             )
+
+    def _change(self, weight: Tensor, inverse: bool) -> _Change:
         basis = self.key_basis.to(weight.device)
-        return (weight.detach().to(torch.float64) @ basis) @ less_one(turn).to(weight.device) @ basis.T
+        less = less_one(self.key_turn.T if inverse else self.key_turn).to(weight.device)
+        return _Change(0, lambda piece, _: (piece.to(torch.float64) @ basis) @ less @ basis.T, _NARROW)
 
     @property
     def norm(self) -> float:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from lit_edit.updates import Additive, BlockKeyRotation, KeyRotation, LowRank, Rotation, Update
+from lit_edit.updates import Additive, BlockKeyRotation, KeyRotation, LowRank, Rotation, Update, _Change
 
 D, P, N, BLOCKS = 12, 30, 4, 5
 
@@ -183,14 +183,20 @@ def test_writing_says_how_large_the_change_is_and_computes_it_once(
     before = normal(D, P, seed=9).to(torch.float32)
     delta, weight, other = update.delta(before), before.clone(), before.clone()
     computed: list[int] = []
+    real = type(update)._change
 
-    def counted(self: Update, weight: Tensor) -> Tensor:
-        computed.append(1)
-        return delta
+    def counted(self: Update, weight: Tensor, inverse: bool) -> _Change:
+        change = real(self, weight, inverse)
 
-    monkeypatch.setattr(type(update), "delta", counted)
+        def of(piece: Tensor, place: slice) -> Tensor:
+            computed.append(piece.shape[change.along])
+            return change.of(piece, place)
+
+        return change._replace(of=of)
+
+    monkeypatch.setattr(type(update), "_change", counted)
     relative, rounding = update.write_(weight)
-    assert computed == [1]
+    assert computed in ([D], [P])
     assert relative == pytest.approx(float(delta.norm() / before.double().norm()), rel=1e-12)
     assert rounding == update.apply_(other) > 0
     assert torch.equal(weight, other)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_edit.editors.base import Applied, Editor, Plan
 from lit_edit.editors.writing import RestrainedWriting
+from lit_edit.exact import ExactWeight
 from lit_edit.keys import KeyAverage, MeanKey, compute_keys
 from lit_edit.layers import LayerPolicy
 from lit_edit.requests import EditRequest
@@ -162,7 +163,7 @@ class LocateThenEdit(Editor):
             value_keys = compute_keys(workspace, requests, [layer], self.value_keys)[layer]
         part = workspace.architecture[layer]
         if self.values.site == "block":
-            now = part.weight.float() @ (keys if value_keys is None else value_keys)
+            now = ExactWeight(part.weight) @ (keys if value_keys is None else value_keys)
             targets = now + self._share(workspace, plan, values, layer, mine)
         else:
             targets = torch.stack([values.targets[i][layer] for i in mine], dim=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_edit.exact import ExactWeight
 from lit_edit.linalg import NotPositiveDefiniteError, solve_spd
 from lit_edit.solvers.kept import KeptGram
 from lit_edit.updates import Update
@@ -17,8 +18,9 @@ from lit_edit.updates import Update
 class Problem:
     """One batch of edits in one layer: find a change of ``weight`` under which ``keys`` give ``targets``.
 
-    All tensors but the covariance are kept detached, in float64 and on the weight's device. The covariance is kept as
-    given, because all problems of a layer share it and solvers recognise it by identity.
+    Keys, targets and memory are kept detached, in float64 and on the weight's device. The weight is kept as it is
+    stored: solvers compute with `exact`, or ask for `outputs`. The covariance is kept as given, because all problems of
+    a layer share it and solvers recognise it by identity.
 
     Args:
         weight: ``W (d, p)``, the projection to edit.
@@ -48,11 +50,13 @@ class Problem:
                 continue
             if tensor.ndim != 2:
                 raise ValueError(f"{self._where}: {name} must be a matrix, got shape {tuple(tensor.shape)}.")
-            if not torch.isfinite(tensor.detach().sum(dtype=torch.float64)):
+            if not _finite(tensor.detach()):
                 raise ValueError(
                     f"{self._where}: {name} of shape {tuple(tensor.shape)} holds values that are not finite."
                 )
-            if name != "covariance":
+            if name == "weight":
+                object.__setattr__(self, name, tensor.detach())
+            elif name != "covariance":
                 held = tensor.detach().to(device=self.weight.device, dtype=torch.float64)
                 object.__setattr__(self, name, held)
         (d, p), n = self.weight.shape, self.keys.shape[1]
@@ -81,7 +85,21 @@ class Problem:
     @property
     def residual(self) -> Tensor:
         """``R = V − W K``, ``(d, n)`` in float64: what the edit has to add to the outputs, at the value keys if any."""
-        return self.targets - self.weight @ (self.keys if self.value_keys is None else self.value_keys)
+        return self.targets - self.outputs(self.keys if self.value_keys is None else self.value_keys)
+
+    @property
+    def exact(self) -> ExactWeight:
+        """The weight, for products in float64."""
+        return ExactWeight(self.weight)
+
+    def outputs(self, keys: Tensor) -> Tensor:
+        """``W K``, ``(d, n)`` in float64, for any keys ``(p, n)``."""
+        return self.exact @ keys
+
+
+def _finite(tensor: Tensor) -> bool:
+    # The extremes are found without a copy in float64, which a sum that cannot overflow would take.
+    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def preserved_gram(covariance: Tensor, memory: Tensor, preservation: float) -> Tensor:

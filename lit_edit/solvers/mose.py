@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_edit.exact import ExactWeight
 from lit_edit.krylov import Preserved, procrustes_near_identity
 from lit_edit.linalg import procrustes, version_of
 from lit_edit.solvers.base import Problem, Solver, check_positive
@@ -77,7 +78,7 @@ class MOSE(Solver):
         Raises:
             ValueError: if the covariance is missing.
         """
-        weight, keys = problem.weight, problem.keys
+        weight, keys = problem.exact, problem.keys
         covariance, remembered = self.covariance(problem), self.remembered(problem)
         if self.method == "svd" or _too_wide(problem):
             m = self._gram(weight, covariance, remembered)
@@ -106,11 +107,10 @@ class MOSE(Solver):
         """The eigenvectors, and what stands beside them; none with ``method="svd"``."""
         return 0 if self.method == "svd" else d * (d + max(FOLD_AT, d // 16))
 
-    def _gram(self, weight: Tensor, covariance: Tensor, remembered: Tensor) -> Tensor:
+    def _gram(self, weight: ExactWeight, covariance: Tensor, remembered: Tensor) -> Tensor:
         """``λ W C Wᵀ + (W M)(W M)ᵀ``, ``(d, d)``."""
         outputs = weight @ remembered
-        gram = self.preservation * (weight @ covariance.detach().to(weight) @ weight.T)
-        return gram.addmm_(outputs, outputs.T)
+        return (self.preservation * weight.spread(covariance)).addmm_(outputs, outputs.T)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The eigenvectors carried, by layer: computed anew they would differ in the last bits."""
@@ -157,10 +157,10 @@ class _Carried:
     strayed: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor, weight: Tensor, remembered: Tensor, stamp: Tensor) -> _Carried:
+    def of(cls, gram: Tensor, weight: ExactWeight, remembered: Tensor, stamp: Tensor) -> _Carried:
         found = Preserved.of(gram)
         output = _probe(weight)
-        nothing = weight[:, :0]
+        nothing = output.new_zeros(len(output), 0)
         return cls(
             found.values, found.vectors, found.factor, output, output, nothing, nothing.T @ nothing,
             torch.tensor(remembered.shape[1]), marks(remembered, remembered.shape[1]), stamp,
@@ -171,7 +171,7 @@ class _Carried:
     def preserved(self) -> Preserved:
         return Preserved(self.values, self.vectors, self.factor)
 
-    def as_found(self, weight: Tensor, remembered: Tensor, stamp: Tensor, drift: float) -> _Carried | None:
+    def as_found(self, weight: ExactWeight, remembered: Tensor, stamp: Tensor, drift: float) -> _Carried | None:
         """What is carried for the weight as it is and all that is remembered now; None if it does not fit."""
         output, known = _probe(weight), int(self.columns)
         if not torch.allclose(stamp, self.stamp.cpu(), rtol=1e-9, atol=0.0):
@@ -190,7 +190,7 @@ class _Carried:
             preserved = preserved.with_columns(weight @ remembered[:, known:])
         if preserved.factor.shape[1] > max(FOLD_AT, len(preserved.values) // 16):
             preserved = preserved.folded()
-        nothing = weight[:, :0]
+        nothing = output.new_zeros(len(output), 0)
         return _Carried(
             preserved.values, preserved.vectors, preserved.factor, output, output, nothing, nothing.T @ nothing,
             torch.tensor(remembered.shape[1]), marks(remembered, remembered.shape[1]), stamp,
@@ -212,7 +212,7 @@ class _Carried:
         return cls(**tensors)
 
 
-def _probe(weight: Tensor) -> Tensor:
+def _probe(weight: ExactWeight) -> Tensor:
     """The output (d,) of a fixed vector: what every rotation turns, and every other change of the weight changes."""
     return weight @ _sine(weight.shape[1], weight.device)
 

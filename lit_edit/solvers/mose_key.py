@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_edit.exact import ExactWeight
 from lit_edit.krylov import Preserved, procrustes_near_identity
 from lit_edit.linalg import procrustes, solve_factored, solve_spd, version_of
 from lit_edit.solvers.base import Problem, Solver, check_positive
@@ -93,7 +94,7 @@ class MOSEKey(Solver):
         if self.target == "exact":
             wanted = self._matched(problem)
         else:
-            wanted = least_changed_keys(problem.weight, keys, problem.targets, given.detach().to(keys))
+            wanted = least_changed_keys(problem.exact.dense(), keys, problem.targets, given.detach().to(keys))
         if self.method == "svd" or 60 * keys.shape[1] >= len(keys):  # a space for so many keys would fill the whole
             m = torch.addmm(self.preservation * given.detach().to(keys), remembered, remembered.T)
             return KeyRotation(procrustes(m.addmm_(wanted, keys.T)))
@@ -107,16 +108,18 @@ class MOSEKey(Solver):
 
     def _matched(self, problem: Problem) -> Tensor:
         """`matched_keys` with the triangle kept: turning keys leaves ``W Wᵀ`` as it is but for rounding."""
-        weight, outputs = problem.weight, torch.cat([problem.targets, problem.weight @ problem.keys], dim=1)
+        weight, outputs = problem.exact, torch.cat([problem.targets, problem.outputs(problem.keys)], dim=1)
         kept = self._triangles.get(problem.layer)
-        rows = None if kept is None or len(kept) != len(weight) else _refined(weight, outputs, kept)
+        rows = None if kept is None or len(kept) != weight.shape[0] else _refined(weight, outputs, kept)
         if rows is None:
-            fresh = _triangle(weight)
+            fresh = _triangle(weight.dense())
             if fresh is None:
-                return matched_keys(weight, problem.keys, problem.targets)
+                return matched_keys(weight.dense(), problem.keys, problem.targets)
             self._triangles[problem.layer] = fresh
             rows = _refined(weight, outputs, fresh)
-        return _matched(problem.keys, problem.targets, torch.linalg.pinv(weight) @ outputs if rows is None else rows)
+        if rows is None:
+            rows = torch.linalg.pinv(weight.dense()) @ outputs
+        return _matched(problem.keys, problem.targets, rows)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The triangles by layer: computed anew they would differ in the last bits."""
@@ -177,7 +180,7 @@ def matched_keys(weight: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
     """
     outputs = torch.cat([targets, weight @ keys], dim=1)
     triangle = _triangle(weight)
-    rows = None if triangle is None else _refined(weight, outputs, triangle)
+    rows = None if triangle is None else _refined(ExactWeight(weight), outputs, triangle)
     return _matched(keys, targets, torch.linalg.pinv(weight) @ outputs if rows is None else rows)
 
 
@@ -204,18 +207,18 @@ def _triangle(weight: Tensor) -> Tensor | None:
     return lower if float(pivots.min()) > p * torch.finfo(weight.dtype).eps * float(pivots.max()) else None
 
 
-def _refined(weight: Tensor, outputs: Tensor, triangle: Tensor) -> Tensor | None:
+def _refined(weight: ExactWeight, outputs: Tensor, triangle: Tensor) -> Tensor | None:
     """``W⁺ outputs = Wᵀ (W Wᵀ)⁻¹ outputs``, corrected until ``W`` gives the outputs; None if it does not come to that.
 
     The triangle may be that of a weight before rounding.
     """
-    found = weight.T @ solve_factored(triangle, outputs)
+    found = weight.back(solve_factored(triangle, outputs))
     size = torch.linalg.vector_norm(outputs)
     for _ in range(_CORRECTIONS):
         left = outputs - weight @ found
         if bool(torch.linalg.vector_norm(left) <= _EXACT * size):
             return found
-        found = found + weight.T @ solve_factored(triangle, left)
+        found = found + weight.back(solve_factored(triangle, left))
     return None
 
 

@@ -10,7 +10,8 @@ def test_residual_and_storage(make_problem) -> None:
     problem = make_problem(n=3)
     torch.testing.assert_close(problem.residual, problem.targets - problem.weight @ problem.keys)
     single = Problem(torch.ones(2, 3), torch.ones(3, 1), torch.ones(2, 1), covariance := torch.eye(3))
-    assert single.weight.dtype == single.keys.dtype == single.targets.dtype == torch.float64
+    assert single.keys.dtype == single.targets.dtype == single.outputs(single.keys).dtype == torch.float64
+    assert single.weight.dtype == torch.float32  # as it is stored, not copied
     assert single.covariance is covariance
 
 

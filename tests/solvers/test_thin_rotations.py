@@ -59,7 +59,7 @@ def objective(solver: Solver, problem: Problem, q: Tensor, left: bool) -> float:
     kept = torch.cat([root, solver.remembered(problem)], dim=1)
     new = problem.keys
     if left:
-        kept, new, wanted = problem.weight @ kept, problem.weight @ new, problem.targets
+        kept, new, wanted = problem.outputs(kept), problem.outputs(new), problem.targets
     else:
         wanted = wanted_keys(solver, problem)
     return float((q @ kept - kept).square().sum() + (q @ new - wanted).square().sum())
@@ -69,8 +69,8 @@ def wanted_keys(solver: Solver, problem: Problem) -> Tensor:
     from lit_edit.solvers.mose_key import least_changed_keys, matched_keys
 
     if solver.target == "exact":  # type: ignore[attr-defined]
-        return matched_keys(problem.weight, problem.keys, problem.targets)
-    return least_changed_keys(problem.weight, problem.keys, problem.targets, problem.covariance)
+        return matched_keys(problem.exact.dense(), problem.keys, problem.targets)
+    return least_changed_keys(problem.exact.dense(), problem.keys, problem.targets, problem.covariance)
 
 
 @each_solver

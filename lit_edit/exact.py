@@ -1,0 +1,109 @@
+"""Weights as the numbers they stand for, in float64 and piece by piece: no copy of a whole weight is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Entries of a piece. In float64 the few that are alive at a time stay in a core's caches; an accelerator has to be kept
+# busy by each.
+_ON_CPU, _ELSEWHERE = 1 << 18, 1 << 24
+_NARROW, _WIDE = 64, 512  # columns, or rows, that are worth an access, or a product with a large matrix
+
+
+def pieces(weight: Tensor, dim: int, width: int = 1) -> Iterator[slice]:
+    """Slices that together make up a dimension of a weight, in order.
+
+    Args:
+        weight: ``(d, p)``.
+        dim: 0 for slices of rows, 1 for slices of columns.
+        width: the least number of rows or columns in each but the last.
+    """
+    length, other = weight.shape[dim], max(weight.shape[1 - dim], 1)
+    step = max((_ON_CPU if weight.device.type == "cpu" else _ELSEWHERE) // other, width, 1)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def part(weight: Tensor, dim: int, place: slice) -> Tensor:
+    """The rows (``dim`` 0) or columns (1) of a weight in one place, as a view."""
+    return weight.narrow(dim, place.start, place.stop - place.start)
+
+
+def stored_along(weight: Tensor) -> int:
+    """The dimension whose slices lie in one piece of memory: 0, or 1 for the view of a weight stored transposed."""
+    return 0 if weight.stride(0) >= weight.stride(1) else 1
+
+
+@dataclass(frozen=True, eq=False)
+class ExactWeight:
+    """A weight to compute with in float64, without a copy of it in float64.
+
+    Args:
+        stored: ``W (d, p)`` in the model's dtype.
+    """
+
+    stored: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d, p)``."""
+        d, p = self.stored.shape
+        return d, p
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.stored.device
+
+    def piece(self, dim: int, place: slice) -> Tensor:
+        """Its rows (``dim`` 0) or columns (1) in one place, in float64."""
+        return part(self.stored.detach(), dim, place).to(torch.float64)
+
+    def dense(self) -> Tensor:
+        """All of it, ``(d, p)`` in float64: the stored tensor itself where that is its dtype."""
+        return self.stored.detach().to(torch.float64)
+
+    def norm(self) -> float:
+        """Frobenius norm."""
+        along = stored_along(self.stored)
+        return math.hypot(*(float(self.piece(along, place).norm()) for place in pieces(self.stored, along)))
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """``W X (d, n)`` for ``X (p, n)`` or a vector (p,), in float64."""
+        x = x.to(self.stored.device, torch.float64)
+        if self._at_once:
+            return self.dense() @ x
+        return torch.cat([self.piece(0, place) @ x for place in pieces(self.stored, 0)])
+
+    def back(self, y: Tensor) -> Tensor:
+        """``Wᵀ Y (p, n)`` for ``Y (d, n)``, in float64."""
+        y = y.to(self.stored.device, torch.float64)
+        if self._at_once:
+            return self.dense().T @ y
+        return torch.cat([self.piece(1, place).T @ y for place in pieces(self.stored, 1, _NARROW)])
+
+    def spread(self, c: Tensor) -> Tensor:
+        """``W C Wᵀ (d, d)`` in float64, for a symmetric ``C (p, p)``."""
+        c = c.detach().to(self.stored.device, torch.float64)
+        d = self.shape[0]
+        if self._at_once or d <= _WIDE:
+            dense = self.dense()
+            return dense @ c @ dense.T
+        found = c.new_empty(d, d)
+        places = list(pieces(self.stored, 0, _WIDE))
+        for i, place in enumerate(places):
+            half = self.piece(0, place) @ c
+            for other in places[: i + 1]:
+                block = half @ self.piece(0, other).T
+                found[place, other], found[other, place] = block, block.T
+        return found
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether there is no copy to be saved."""
+        return self.stored.dtype == torch.float64
