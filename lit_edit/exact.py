@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Entries of a piece. In float64 the few that are alive at a time stay in a core's caches; an accelerator has to be kept
 # busy by each.
-_ON_CPU, _ELSEWHERE = 1 << 18, 1 << 24
+_ON_CPU, _ELSEWHERE = 1 << 17, 1 << 24
 _NARROW, _WIDE = 64, 512  # columns, or rows, that are worth an access, or a product with a large matrix
 
 
@@ -78,14 +78,20 @@ class ExactWeight:
         x = x.to(self.stored.device, torch.float64)
         if self._at_once:
             return self.dense() @ x
-        return torch.cat([self.piece(0, place) @ x for place in pieces(self.stored, 0)])
+        found = x.new_empty(self.shape[0], *x.shape[1:])  # small results between the pieces would fragment the memory
+        for place in pieces(self.stored, 0):
+            found[place] = self.piece(0, place) @ x
+        return found
 
     def back(self, y: Tensor) -> Tensor:
         """``Wᵀ Y (p, n)`` for ``Y (d, n)``, in float64."""
         y = y.to(self.stored.device, torch.float64)
         if self._at_once:
             return self.dense().T @ y
-        return torch.cat([self.piece(1, place).T @ y for place in pieces(self.stored, 1, _NARROW)])
+        found = y.new_empty(self.shape[1], *y.shape[1:])
+        for place in pieces(self.stored, 1, _NARROW):
+            found[place] = self.piece(1, place).T @ y
+        return found
 
     def spread(self, c: Tensor) -> Tensor:
         """``W C Wᵀ (d, d)`` in float64, for a symmetric ``C (p, p)``."""

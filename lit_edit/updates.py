@@ -141,29 +141,31 @@ class Update(ABC):
         self._check(weight)
         weight = weight.detach()
         change = self._change(weight, inverse)
-        kept: list[tuple[Tensor, Tensor]] = []
-        norms = []
+        places = list(pieces(weight, change.along, change.width))
+        former, sizes = torch.empty_like(weight), weight.new_zeros(3, len(places), dtype=torch.float64)
+        written = 0
         try:
-            for place in pieces(weight, change.along, change.width):
+            for i, place in enumerate(places):
                 stored = part(weight, change.along, place)
-                old = stored.to(torch.float64)
-                delta = change.of(old, place)
-                exact = old + delta
+                exact = stored.to(torch.float64, copy=True)
+                delta = change.of(exact, place)
+                sizes[0, i], sizes[1, i] = torch.linalg.vector_norm(exact), torch.linalg.vector_norm(delta)
+                exact += delta
                 rounded = exact.to(weight.dtype)
                 if not torch.isfinite(rounded).all():
                     raise ValueError(
                         f"{type(self).__name__} of norm {self.norm:.3g} takes the weight of shape "
                         f"{tuple(weight.shape)} out of the range of {weight.dtype}."
                     )
-                sizes = [torch.linalg.vector_norm(old), torch.linalg.vector_norm(delta)]
-                kept.append((stored, stored.clone()))
-                stored.copy_(rounded)  # a weight in float64 is `old` itself
-                norms.append(torch.stack([*sizes, torch.linalg.vector_norm(exact.sub_(rounded))]))
+                part(former, change.along, place).copy_(stored)
+                written = i + 1
+                stored.copy_(rounded)
+                sizes[2, i] = torch.linalg.vector_norm(exact.sub_(rounded))
         except BaseException:  # an interrupt by the keyboard, too
-            for stored, former in kept:
-                stored.copy_(former)
+            for place in places[:written]:
+                part(weight, change.along, place).copy_(part(former, change.along, place))
             raise
-        before, wanted, lost = torch.linalg.vector_norm(torch.stack(norms), dim=0).tolist() if norms else (0.0,) * 3
+        before, wanted, lost = torch.linalg.vector_norm(sizes, dim=1).tolist()
         relative = wanted / before if before else math.inf if wanted else 0.0
         return Written(relative, lost / wanted if wanted else 0.0)
 
