@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +28,14 @@ class KeptKeys:
     """
 
     _of: Any = None
-    _keys: dict[tuple[Hashable, int, str, str, str], Tensor] = field(default_factory=dict)
+    _keys: dict[tuple[int, int, str, str, str], tuple[object, Tensor]] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forgets all: another batch begins."""
         self._keys.clear()
 
     def look_up(
-        self, workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: Hashable
+        self, workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: object
     ) -> dict[int, Tensor] | None:
         """The keys as `lit_edit.keys.compute_keys` gives them, if all are there."""
         now = (tuple(workspace.contexts), [(id(p), p._version) for p in workspace.model.parameters()])
@@ -43,20 +43,21 @@ class KeptKeys:
             self._of = now
             self.clear()
         found = {layer: [self._keys.get(_name(average, layer, r)) for r in requests] for layer in layers}
-        kept = {layer: [key for key in keys if key is not None] for layer, keys in found.items()}
+        kept = {layer: [key[1] for key in keys if key is not None] for layer, keys in found.items()}
         if not requests or any(len(keys) < len(requests) for keys in kept.values()):
             return None
         return {layer: torch.stack(keys, dim=1) for layer, keys in kept.items()}
 
-    def keep(self, requests: Sequence[EditRequest], average: Hashable, keys: dict[int, Tensor]) -> None:
+    def keep(self, requests: Sequence[EditRequest], average: object, keys: dict[int, Tensor]) -> None:
         """Keeps what `look_up` did not find."""
         for layer, found in keys.items():
             for i, request in enumerate(requests):
-                self._keys[_name(average, layer, request)] = found[:, i]
+                # With the average, so that its identity is not given to another while the key is here.
+                self._keys[_name(average, layer, request)] = average, found[:, i]
 
 
-def _name(average: Hashable, layer: int, request: EditRequest) -> tuple[Hashable, int, str, str, str]:
-    return average, layer, request.prompt, request.subject, request.target_new
+def _name(average: object, layer: int, request: EditRequest) -> tuple[int, int, str, str, str]:
+    return id(average), layer, request.prompt, request.subject, request.target_new
 
 
 @dataclass
