@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.architectures import Architecture, Family
+from lit_edit.linalg import version_of
 from lit_edit.originals import Originals
 from lit_edit.prompts import Prompter, Row, in_context
 from lit_edit.requests import EditRequest
@@ -38,7 +39,7 @@ class KeptKeys:
         self, workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: object
     ) -> dict[int, Tensor] | None:
         """The keys as `lit_edit.keys.compute_keys` gives them, if all are there."""
-        now = (tuple(workspace.contexts), [(id(p), p._version) for p in workspace.model.parameters()])
+        now = (tuple(workspace.contexts), [(id(p), version_of(p)) for p in workspace.model.parameters()])
         if now != self._of:
             self._of = now
             self.clear()
