@@ -188,13 +188,25 @@ class Break(Exception):
     pass
 
 
+@pytest.fixture
+def window(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many batches are sorted together; by itself more than these tests have texts for."""
+    number: int = request.param
+    monkeypatch.setattr("lit_edit.statistics.collecting._WINDOW", number)
+    return number
+
+
+each_window = pytest.mark.parametrize("window", [1, 2], indirect=True)
+
+
 def broken_after(number: int) -> Iterator[str]:
     yield from TEXTS[:number]
     raise Break
 
 
 @each_kind
-def test_a_cut_collection_goes_on_to_the_last_bit(kind: Kind, asked: Asked, passes: list[int]) -> None:
+@each_window
+def test_a_cut_collection_goes_on_to_the_last_bit(kind: Kind, asked: Asked, passes: list[int], window: int) -> None:
     whole = asked(kind, folder="whole").get(batch_size=4)
     everything = len(passes)
     passes.clear()
@@ -255,7 +267,8 @@ def interrupted(loaded: tuple[Any, Any], at: int, times: int) -> Any:
 
 
 @each_kind
-def test_ctrl_c_takes_effect_between_batches(kind: Kind, asked: Asked, loaded: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("window", [1, 2, 16], indirect=True)
+def test_ctrl_c_takes_effect_between_batches(kind: Kind, asked: Asked, loaded: tuple[Any, Any], window: int) -> None:
     whole = asked(kind, folder="whole").get(batch_size=4)
     handler = signal.getsignal(signal.SIGINT)
     handle = interrupted(loaded, at=3, times=1)
@@ -267,9 +280,50 @@ def test_ctrl_c_takes_effect_between_batches(kind: Kind, asked: Asked, loaded: t
     statistics = asked(kind)
     with safe_open(statistics.partial().path, "pt") as file:
         position = json.loads(file.metadata()["position"])
-    taken = [len(ids) for text in TEXTS for ids in sequences_of(loaded[1], text, 16)][:12]
+    lengths = [len(ids) for text in TEXTS for ids in sequences_of(loaded[1], text, 16)]
+    windows = [lengths[i : i + 4 * window] for i in range(0, len(lengths), 4 * window)]
+    taken = [n for one in windows for n in sorted(one, reverse=True)][:12]
     assert position["tokens"] == sum(taken)  # the third batch counts
+    assert position["batches"] == 3 % window
     torch.testing.assert_close(statistics.get(batch_size=4), whole, rtol=0, atol=0)
+
+
+@each_kind
+def test_sequences_are_sorted_within_a_window_and_hardly_padded(
+    kind: Kind, asked: Asked, loaded: tuple[Any, Any]
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    handle = loaded[0].transformer.wte.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_edit.statistics.collecting._WINDOW", 1)
+        as_they_come = asked(kind, folder="as they come").get(batch_size=4)
+        unsorted, shapes[:] = sum(rows * width for rows, width in shapes), []
+        patch.setattr("lit_edit.statistics.collecting._WINDOW", 3)
+        found = asked(kind).get(batch_size=4)
+    handle.remove()
+    torch.testing.assert_close(found, as_they_come, rtol=1e-4, atol=1e-6)
+    lengths = [len(ids) for text in TEXTS for ids in sequences_of(loaded[1], text, 16)]
+    windows = [sorted(lengths[i : i + 12], reverse=True) for i in range(0, len(lengths), 12)]
+    batches = [one[i : i + 4] for one in windows for i in range(0, len(one), 4)]
+    assert shapes == [(len(batch), batch[0]) for batch in batches]
+    assert sum(lengths) <= sum(rows * width for rows, width in shapes) < unsorted
+
+
+def test_a_window_of_which_a_part_was_counted_must_be_the_same(asked: Asked, loaded: tuple[Any, Any]) -> None:
+    handle = interrupted(loaded, at=3, times=1)
+    with pytest.raises(KeyboardInterrupt):
+        asked(texts=Stream("stream", "same")).get(batch_size=4)
+    handle.remove()
+
+    class Other(Stream):
+        def __iter__(self) -> Iterator[str]:
+            return iter(TEXTS[1:])
+
+    with pytest.raises(
+        StatisticsError, match=r"goes on with other texts than those .* delete .*partial-key_covariance-"
+    ):
+        asked(texts=Other("stream", "same")).get(batch_size=4)
+    asked(texts=Stream("stream", "same")).get(batch_size=4)
 
 
 def test_a_second_ctrl_c_takes_effect_at_once_and_keeps_what_was_saved(asked: Asked, loaded: tuple[Any, Any]) -> None:
@@ -321,7 +375,8 @@ def cut(asked: Asked, identity: str = "same") -> Path:
     return statistics.partial().path
 
 
-def test_a_stream_that_is_not_the_same_any_more_is_refused(asked: Asked) -> None:
+@pytest.mark.parametrize("window", [1], indirect=True)
+def test_a_stream_that_is_not_the_same_any_more_is_refused(asked: Asked, window: int) -> None:
     path = cut(asked)
 
     class Other(Stream):
@@ -336,7 +391,8 @@ def test_a_stream_that_is_not_the_same_any_more_is_refused(asked: Asked) -> None
     asked(texts=Other("stream", "same")).get()
 
 
-def test_a_damaged_partial_file_is_an_error(asked: Asked) -> None:
+@pytest.mark.parametrize("window", [1], indirect=True)
+def test_a_damaged_partial_file_is_an_error(asked: Asked, window: int) -> None:
     path = cut(asked)
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -441,7 +497,10 @@ def test_what_stands_at_both_ends_stands_at_both_ends_of_each_sequence() -> None
 
 @each_kind
 @pytest.mark.parametrize("cut_after", [1, 2, 4])
-def test_a_collection_cut_within_a_text_goes_on_within_it(kind: Kind, cut_after: int, asked: Asked) -> None:
+@each_window
+def test_a_collection_cut_within_a_text_goes_on_within_it(
+    kind: Kind, cut_after: int, asked: Asked, window: int
+) -> None:
     texts = [TEXTS[1], " ".join(TEXTS[:30]), "", " ".join(TEXTS[30:])]
     whole = asked(kind, folder="whole", texts=texts).get(batch_size=3)
     statistics = asked(kind, texts=texts)
@@ -451,7 +510,7 @@ def test_a_collection_cut_within_a_text_goes_on_within_it(kind: Kind, cut_after:
         save(self, sums, position)
         seen[0] += 1
         if seen[0] == cut_after:
-            assert position.sequences > 0  # in the middle of a text
+            assert position.sequences > 0 or position.batches  # in the middle of a text
             assert position.texts_sha256 == corpus_sha256(texts[: position.texts])
             raise Break
 

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from lit_edit.statistics.files import Partial, Position, StatisticsError, TextsHash
+from lit_edit.statistics.files import Partial, Position, StatisticsError, TextsHash, corpus_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _LONG = 60.0
 _SAVE_SECONDS = 300.0
 _SAVE_SHARE = 0.05
+_WINDOW = 16  # batches whose sequences are sorted by length
 
 
 class Collector(ABC):
@@ -272,7 +273,7 @@ def _loop(
     device = next(model.parameters()).device
     saved, saved_at, saving = position.tokens, time.monotonic(), 0.0
     started, first = time.monotonic(), position.tokens
-    whole = True  # no batch is half counted
+    whole, number = True, 0  # no batch is half counted
     rank, others = processes()
     bar = tqdm(
         total=pace.max_tokens,
@@ -284,21 +285,16 @@ def _loop(
     )
     with bar, interrupts(held=partial is not None) as let_through:
         try:
-            batches = _batches(tokenizer, stream, pace, position)
-            for number, (rows, used, sequences) in enumerate(batches, start=1):
+            for batch in _batches(tokenizer, stream, pace, position, partial):
                 let_through()
                 whole = False
+                number += 1
                 if (number - 1) % others == rank:
-                    collector.add(model, *_pad(rows, device))
-                digest.add(used)
-                tokens = sum(map(len, rows))
-                position = Position(
-                    texts=position.texts + len(used),
-                    sequences=sequences,
-                    tokens=position.tokens + tokens,
-                    texts_sha256=digest.hexdigest(),
-                    summands=collector.summands,
-                )
+                    collector.add(model, *_pad(batch.rows, device))
+                if batch.window is None:  # the last one of its window
+                    digest.add(batch.used)
+                tokens = sum(map(len, batch.rows))
+                position = batch.behind(position, tokens, digest, collector.summands)
                 whole = True
                 bar.update(tokens)
                 seconds = time.monotonic() - started
@@ -388,24 +384,81 @@ def interrupts(held: bool) -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Sequences of about one length, out of a window of sequences that follow one another in the corpus.
+
+    Attributes:
+        rows: the sequences.
+        used: the texts that the window begins.
+        sequences: how many sequences of the last of its texts are out behind it; 0 if that is used up.
+        window: how many batches of the window are done with this one; None if it is the last.
+    """
+
+    rows: list[list[int]]
+    used: list[str]
+    sequences: int
+    window: int | None
+
+    def behind(self, position: Position, tokens: int, digest: TextsHash, summands: int) -> Position:
+        """The position behind it, from the one before; the digest is that of all windows that are done by then."""
+        counted = position.tokens + tokens
+        done = replace(position, tokens=counted, texts_sha256=digest.hexdigest(), summands=summands)
+        if self.window is not None:
+            sha256 = position.window_sha256 or corpus_sha256(self.used)
+            return replace(done, batches=self.window, ahead=position.ahead + tokens, window_sha256=sha256)
+        texts = position.texts + len(self.used)
+        return replace(done, texts=texts, sequences=self.sequences, batches=0, ahead=0, window_sha256="")
+
+
 def _batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], pace: Pace, position: Position
-) -> Iterator[tuple[list[list[int]], list[str], int]]:
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterator[str],
+    pace: Pace,
+    position: Position,
+    partial: Partial | None,
+) -> Iterator[_Batch]:
     """Batches of sequences of token ids, until ``max_tokens`` are out.
 
-    Texts without tokens are passed over.
+    Within a window of so many batches sequences are sorted, the longest first, and so hardly padded.
 
     Args:
         tokenizer: of the model.
-        texts: from the one in which ``position`` is, or the next.
+        texts: from the one in which the window of ``position`` begins, or the next.
         pace: how long sequences are, how many make a batch, and when to stop.
         position: what was counted before.
+        partial: where that was kept, if anywhere.
+
+    Raises:
+        StatisticsError: if a window of which batches were counted before has other texts now.
+    """
+    done, sha256 = position.batches, position.window_sha256
+    for rows, used, sequences in _windows(tokenizer, texts, pace, position):
+        if partial is not None and done and corpus_sha256(used) != sha256:
+            raise StatisticsError(
+                "The corpus goes on with other texts than those that an interrupted collection has begun to count: "
+                f"delete {partial.path} to begin again."
+            )
+        order = sorted(rows, key=len, reverse=True)
+        parts = [order[i : i + pace.batch_size] for i in range(0, len(order), pace.batch_size)]
+        for number, part in enumerate(parts, start=1):
+            if number > done:
+                yield _Batch(part, used, sequences, None if number == len(parts) else number)
+        done = 0
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], pace: Pace, position: Position
+) -> Iterator[tuple[list[list[int]], list[str], int]]:
+    """Sequences in the order of the corpus, until ``max_tokens`` are out.
+
+    Texts without tokens are passed over.
 
     Yields:
         The sequences, the texts read for them that were not begun before, and how many sequences of the last text are
         out by then; 0 if it is used up.
     """
-    left, before = pace.max_tokens - position.tokens, position.sequences
+    left, before = pace.max_tokens - (position.tokens - position.ahead), position.sequences
     rows: list[list[int]] = []
     used: list[str] = []
     last = 0  # of the texts read, up to the last that gave a token
@@ -420,7 +473,7 @@ def _batches(
             rows.append(ids[:left])
             left -= len(rows[-1])
             last = len(used)
-            if len(rows) == pace.batch_size or not left:
+            if len(rows) == pace.batch_size * _WINDOW or not left:
                 yield rows, used, number if number < len(found) else 0
                 rows, used, last = [], [], 0
             if not left:

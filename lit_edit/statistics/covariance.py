@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ENOUGH = 10
 """Tokens per feature of a key from which on nothing is said about the size of the corpus."""
+_BLOCK = 256  # columns that are worth a product of their own
 
 
 class KeyCovariance(Metric):
@@ -70,7 +71,12 @@ class KeyCovariance(Metric):
         rows = rows.to(self.gram)
         if not torch.isfinite(rows).all():
             raise ValueError(f"Keys of shape {tuple(keys.shape)} hold values that are not finite.")
-        self.gram += rows.T @ rows
+        # It is symmetric: half of it is computed.
+        step = max(_BLOCK, self.features // 8)
+        for start in range(0, self.features, step):
+            stop = start + step
+            self.gram[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+            self.gram[start:stop, stop:] = self.gram[stop:, start:stop].T
         self.count += len(rows)
 
     def compute(self) -> Tensor:

@@ -321,11 +321,14 @@ class Position:
     """How far into a corpus a collection has come.
 
     Attributes:
-        texts: texts read, up to the last of which a token counted.
+        texts: texts of the windows that are done, up to the last of which a token counted.
         sequences: how many sequences of the last of them were counted, if more are to come; 0 if it is used up.
-        tokens: tokens counted.
+        tokens: tokens counted, in all.
         texts_sha256: :func:`corpus_sha256` of those texts.
         summands: what the sums were taken over: keys, or predicted tokens.
+        batches: how many batches of the next window were counted, too.
+        ahead: tokens in them.
+        window_sha256: :func:`corpus_sha256` of the texts that this window begins, if any of it was counted.
     """
 
     texts: int = 0
@@ -333,6 +336,9 @@ class Position:
     tokens: int = 0
     texts_sha256: str = ""
     summands: int = 0
+    batches: int = 0
+    ahead: int = 0
+    window_sha256: str = ""
 
 
 @dataclass(frozen=True)
