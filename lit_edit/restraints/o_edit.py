@@ -133,4 +133,5 @@ def written(ground: Ground, rank: int | None = None) -> Tensor:
     """
     if ground.original is None:
         raise ValueError(f"The weight of layer {ground.layer!r} before the first edit was not kept (originals).")
-    return written_basis(ground.weight, ground.original, ground.edits_here if rank is None else rank)
+    edits = ground.edits_here if rank is None else rank
+    return written_basis(ground.exact.dense(), ground.original, edits, ground.exact.eps)

@@ -76,7 +76,7 @@ class PRUNE(Restraint):
             return None
         if ground.original is None:
             raise ValueError(f"PRUNE needs the weight of layer {ground.layer!r} as it was before the first edit.")
-        weight, original = (w.detach().to(torch.float64) for w in (ground.weight, ground.original))
+        weight, original = ground.exact.dense(), ground.original.detach().to(torch.float64)
         if torch.equal(weight, original):
             return None
         largest = singular_values(original)[0]
