@@ -8,6 +8,7 @@ width d, the projections' input size p, L editable of N blocks, vocabulary v, an
 * original weights, where somebody asks for them (`lit_edit.originals`): as stored, for each of L that is edited, and
   never on a GPU; all of L are counted;
 * what the solver keeps: `Solver.kept_size` numbers of 8 bytes for each of L (AlphaEdit's projector: ``p²``);
+* what rounding took of edited weights of 16 bits: as much as these, where the editor carries it;
 * keys of past edits: ``4 p`` for each edit and layer, at most, and ``8 p`` for each in the layer being solved;
 * while key covariances are collected: ``8 p²`` for each of L a second time, and the keys of one batch of texts;
 * while gradients are collected: ``8 d p`` for each of L a second time, and, for every token of one batch of texts, what
@@ -16,8 +17,9 @@ width d, the projections' input size p, L editable of N blocks, vocabulary v, an
 * while values are optimised: for every row (an edit prompt in a context, or the prompt of the KL term) and token what
   the backward pass keeps in each block, about ``12 d + 4 p`` numbers in the dtype (float32 where norms compute in it),
   and ``3 v`` numbers of 4 bytes for each token whose logits are read;
-* while an update is solved and written, one layer at a time, in float64: ``8 (3 d p + 3 p²)``, the second term only
-  where there is a covariance; and the former weights of all layers written, as stored, until the batch is whole;
+* while an update is solved, one layer at a time, in float64: ``24 p²`` where there is a covariance, and
+  `Solver.passing_size` numbers; ``24 d p`` for restraints, and for updates that are not factors; the former weights of
+  all layers written, as stored, until the batch is whole, and the one that is being written a second time;
 * for methods that train copies of the weights: weight, gradient and Adam's two moments in float32, ``16 d p`` for L.
 
 The estimate is made from shapes: the model may lie on the meta device.
@@ -31,6 +33,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lit_edit.editors import Editor, LocateThenEdit
+from lit_edit.exact import can_have_remainder
 from lit_edit.layers import ActivationSelection, FixedLayers, WilKE
 from lit_edit.requests import EditRequest
 from lit_edit.values.optimizer import MOST_ROWS
@@ -102,7 +105,11 @@ def memory_needed(
         lasting["original weights"] = sum(p.weight.numel() * p.weight.element_size() for p in parts)
     head = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary, itemsize = head.weight.shape[0], head.weight.element_size()
-    former = sum(part.weight.numel() * part.weight.element_size() for part in parts)
+    stored = [part.weight.numel() * part.weight.element_size() for part in parts]
+    carried = editor.carries_rounding and can_have_remainder(parts[0].weight.dtype)
+    if carried:
+        lasting["what rounding took"] = sum(stored)
+    former = (sum(stored) + max(stored)) * (2 if carried else 1)
     widest = max(d * p for d, p in shapes)
     longest = max(p for _, p in shapes)
     passing = {}
@@ -120,7 +127,8 @@ def memory_needed(
                 lasting[f"what {type(solver).__name__} {role}"] = kept
         lasting["keys of past edits"] = sum(4 * p * len(requests) for _, p in shapes)
         squares = 3 * longest**2 if editor.solver.needs_covariance else 0
-        passing["solving"] = 8 * (3 * widest + squares + 2 * longest * len(requests)) + former
+        dense = max(3 * widest if editor.restraints else 0, max(editor.solver.passing_size(d, p) for d, p in shapes))
+        passing["solving"] = 8 * (dense + squares + 2 * longest * len(requests)) + former
         passing["values"] = _values(workspace, editor, requests, batch_size, vocabulary, itemsize)
     else:
         lasting["trained copies of weights"] = sum(16 * d * p for d, p in shapes)

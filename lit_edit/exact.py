@@ -1,4 +1,11 @@
-"""Weights as the numbers they stand for, in float64 and piece by piece: no copy of a whole weight is made."""
+"""Weights as the numbers they stand for, in float64 and piece by piece: no copy of a whole weight is made.
+
+What rounding to 16 bits took of a weight can be kept beside it as a *remainder*, 16 more bits per entry, so that both
+together are as good as float32. A bfloat16 number is the upper half of a float32 number: its remainder is the lower
+half, as the difference of the two bit patterns (int16). That of a float16 number is a float16 number as well, times
+2¹¹: unscaled, what rounding takes of small entries would be subnormal, and scaled by more, that of large ones would
+overflow.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +19,8 @@ from torch import Tensor
 # Entries of a piece. In float64 the few that are alive at a time stay in a core's caches; an accelerator has to be kept
 # busy by each.
 _ON_CPU, _ELSEWHERE = 1 << 17, 1 << 24
+_REMAINDERS = {torch.bfloat16: torch.int16, torch.float16: torch.float16}
+_MOST_BITS, _SCALE = 2**15 - 1, 2.0**11
 _NARROW, _WIDE = 64, 512  # columns, or rows, that are worth an access, or a product with a large matrix
 
 
@@ -39,15 +48,50 @@ def stored_along(weight: Tensor) -> int:
     return 0 if weight.stride(0) >= weight.stride(1) else 1
 
 
+def can_have_remainder(dtype: torch.dtype) -> bool:
+    """Whether what is rounded to a dtype can be kept beside it."""
+    return dtype in _REMAINDERS
+
+
+def no_remainder(weight: Tensor) -> Tensor:
+    """The remainder of a weight (d, p) that nothing was taken of."""
+    return torch.zeros_like(weight, dtype=_REMAINDERS[weight.dtype])
+
+
+def remainder_of(exact: Tensor, rounded: Tensor) -> Tensor:
+    """What rounding took of a matrix in float64: what `widened` needs to find it again, to 24 binary digits.
+
+    Args:
+        exact: as it was.
+        rounded: to bfloat16 or float16; finite.
+    """
+    if rounded.dtype == torch.bfloat16:
+        lower = exact.to(torch.float32).view(torch.int32) - rounded.to(torch.float32).view(torch.int32)
+        return lower.clamp_(-_MOST_BITS, _MOST_BITS).to(torch.int16)  # half way between two numbers it is one more
+    return (exact - rounded).mul_(_SCALE).to(torch.float16)
+
+
+def widened(stored: Tensor, remainder: Tensor | None) -> Tensor:
+    """What is stored and its remainder together, as a new matrix in float64."""
+    if remainder is None:
+        return stored.to(torch.float64, copy=True)
+    if stored.dtype == torch.bfloat16:
+        bits = stored.to(torch.float32).view(torch.int32) + remainder
+        return bits.view(torch.float32).to(torch.float64)
+    return stored.to(torch.float64).add_(remainder, alpha=1 / _SCALE)
+
+
 @dataclass(frozen=True, eq=False)
 class ExactWeight:
     """A weight to compute with in float64, without a copy of it in float64.
 
     Args:
         stored: ``W (d, p)`` in the model's dtype.
+        remainder: (d, p), what rounding took of it; None if that is not known.
     """
 
     stored: Tensor
+    remainder: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,11 +106,20 @@ class ExactWeight:
 
     def piece(self, dim: int, place: slice) -> Tensor:
         """Its rows (``dim`` 0) or columns (1) in one place, in float64."""
-        return part(self.stored.detach(), dim, place).to(torch.float64)
+        stored = part(self.stored.detach(), dim, place)
+        if self.remainder is None:
+            return stored.to(torch.float64)
+        return widened(stored, part(self.remainder, dim, place))
 
     def dense(self) -> Tensor:
         """All of it, ``(d, p)`` in float64: the stored tensor itself where that is its dtype."""
-        return self.stored.detach().to(torch.float64)
+        stored = self.stored.detach()
+        return stored.to(torch.float64) if self.remainder is None else widened(stored, self.remainder)
+
+    @property
+    def eps(self) -> float:
+        """The distance of 1 from the next number that can be told from it."""
+        return torch.finfo(self.stored.dtype if self.remainder is None else torch.float32).eps
 
     def norm(self) -> float:
         """Frobenius norm."""

@@ -27,7 +27,8 @@ class Edit:
         seconds: for the edit's share of its batch.
         stages: the same by stage: ``layers`` (choosing them), ``values``, ``keys``, ``solve``, ``restrain``, ``write``,
             ``score`` (of ``p_target``) and ``other``.
-        rounding: per layer, what the rounding to the weight's dtype took of the change, from 0 to 1 (nothing written).
+        rounding: per layer, what the rounding to the weight's dtype took of the change, from 0 to 1 (nothing written);
+            see `lit_edit.updates.Update.apply_`.
     """
 
     number: int

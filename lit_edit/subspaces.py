@@ -14,7 +14,7 @@ _EPS = torch.finfo(torch.float64).eps
 _NEGLIGIBLE = 1e-6  # of a unit vector: what is left of it after a projection is then rounding and no direction
 
 
-def written_basis(weight: Tensor, original: Tensor, edits: int) -> Tensor:
+def written_basis(weight: Tensor, original: Tensor, edits: int, eps: float | None = None) -> Tensor:
     r"""``V_r``: an orthonormal basis of the column space of all edits so far, ``W − W_0`` (O-Edit, Eq. 25).
 
     The rank ``r`` is at most the number of edits, each of which adds one column to the space, and counts only singular
@@ -25,6 +25,7 @@ def written_basis(weight: Tensor, original: Tensor, edits: int) -> Tensor:
         weight: ``W (d, p)`` as it is now.
         original: ``W_0 (d, p)``, before the first edit.
         edits: requests that were written into this weight.
+        eps: to what every write rounds, relative to an entry; that of the coarser dtype of the two if None.
 
     Returns:
         ``(d, r)`` in float64, by descending singular value, the largest entry of each vector positive.
@@ -43,7 +44,8 @@ def written_basis(weight: Tensor, original: Tensor, edits: int) -> Tensor:
     total = now - before
     if not edits or not total.any():
         return total[:, :0]
-    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(original.dtype).eps)
+    if eps is None:
+        eps = max(torch.finfo(weight.dtype).eps, torch.finfo(original.dtype).eps)
     noise = eps * edits**0.5 * float(now.norm())
     rounding = noise * (d**-0.5 + p**-0.5)
     left, sizes, _ = svd_of_rank(total, edits, negligible=noise)

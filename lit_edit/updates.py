@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lit_edit.exact import part, pieces, stored_along
+from lit_edit.exact import part, pieces, remainder_of, stored_along, widened
 from lit_edit.linalg import less_one, orthogonality_error
 
 _WIDE = 512  # rows or columns multiplied by a large dense matrix at a time: reading it takes less than multiplying
@@ -82,29 +82,35 @@ class Update(ABC):
     def norm(self) -> float:
         """Frobenius norm of the change: ``‖ΔW‖_F``, or ``‖Q − I‖_F`` for a rotation, which knows no weight."""
 
-    def apply_(self, weight: Tensor) -> float:
+    def apply_(self, weight: Tensor, remainder: Tensor | None = None) -> float:
         """Change ``weight (d, p)`` in place: computed in float64, rounded once to the weight's dtype.
+
+        Args:
+            weight: as above.
+            remainder: what rounding took of it so far (`lit_edit.exact`), ``(d, p)``. The change is then one of the sum
+                of both, and what rounding takes this time is put in its place.
 
         Returns:
             What rounding took of the change: ``‖W_stored − W_exact‖_F / ‖W_exact − W_old‖_F``, from 0 to 1. The entries
             of ``W_old`` are numbers that can be stored, so none is rounded by more than it was to change: 1 says that
-            nothing was written. 0 for an update that changes nothing.
+            nothing was written. 0 for an update that changes nothing. With a remainder, which holds what was taken of
+            earlier changes, too, what is not stored may be more than this change; 1 then says as much.
 
         Raises:
             ValueError: if the update does not fit the weight's shape or the result is not finite in the weight's dtype.
-                The weight is then unchanged.
+                The weight and the remainder are then unchanged.
         """
-        return self._write_(weight).rounding
+        return self._write_(weight, remainder).rounding
 
-    def write_(self, weight: Tensor) -> Written:
+    def write_(self, weight: Tensor, remainder: Tensor | None = None) -> Written:
         """:meth:`apply_`, and how large the change is beside the weight; the change is computed once.
 
         Raises:
             ValueError: as :meth:`apply_`.
         """
-        return self._write_(weight)
+        return self._write_(weight, remainder)
 
-    def undo_(self, weight: Tensor) -> float:
+    def undo_(self, weight: Tensor, remainder: Tensor | None = None) -> float:
         """Take back :meth:`apply_`, exact up to the rounding of the weight's dtype.
 
         Returns:
@@ -113,7 +119,7 @@ class Update(ABC):
         Raises:
             ValueError: as :meth:`apply_`.
         """
-        return self._write_(weight, inverse=True).rounding
+        return self._write_(weight, remainder, inverse=True).rounding
 
     def state_dict(self) -> dict[str, Tensor]:
         """The update as named tensors and nothing else, for a safetensors file or a checkpoint."""
@@ -137,17 +143,23 @@ class Update(ABC):
         raise ValueError(f"No update has the tensors {', '.join(sorted(state)) or '(none)'}. Known are {known}.")
 
     @torch.no_grad()
-    def _write_(self, weight: Tensor, inverse: bool = False) -> Written:
+    def _write_(self, weight: Tensor, remainder: Tensor | None, inverse: bool = False) -> Written:
         self._check(weight)
         weight = weight.detach()
+        if remainder is not None and remainder.shape != weight.shape:
+            raise ValueError(
+                f"A remainder of shape {tuple(remainder.shape)} is none of a weight of shape {tuple(weight.shape)}."
+            )
         change = self._change(weight, inverse)
         places = list(pieces(weight, change.along, change.width))
-        former, sizes = torch.empty_like(weight), weight.new_zeros(3, len(places), dtype=torch.float64)
+        tensors = [weight] if remainder is None else [weight, remainder]
+        former = [torch.empty_like(tensor) for tensor in tensors]
+        sizes = weight.new_zeros(3, len(places), dtype=torch.float64)
         written = 0
         try:
             for i, place in enumerate(places):
-                stored = part(weight, change.along, place)
-                exact = stored.to(torch.float64, copy=True)
+                here = [part(tensor, change.along, place) for tensor in tensors]
+                exact = widened(here[0], here[1] if remainder is not None else None)
                 delta = change.of(exact, place)
                 sizes[0, i], sizes[1, i] = torch.linalg.vector_norm(exact), torch.linalg.vector_norm(delta)
                 exact += delta
@@ -157,17 +169,22 @@ class Update(ABC):
                         f"{type(self).__name__} of norm {self.norm:.3g} takes the weight of shape "
                         f"{tuple(weight.shape)} out of the range of {weight.dtype}."
                     )
-                part(former, change.along, place).copy_(stored)
+                for kept, tensor in zip(former, here, strict=True):
+                    part(kept, change.along, place).copy_(tensor)
                 written = i + 1
-                stored.copy_(rounded)
+                here[0].copy_(rounded)
+                if remainder is not None:
+                    here[1].copy_(remainder_of(exact, rounded))
                 sizes[2, i] = torch.linalg.vector_norm(exact.sub_(rounded))
         except BaseException:  # an interrupt by the keyboard, too
             for place in places[:written]:
-                part(weight, change.along, place).copy_(part(former, change.along, place))
+                for kept, tensor in zip(former, tensors, strict=True):
+                    part(tensor, change.along, place).copy_(part(kept, change.along, place))
             raise
         before, wanted, lost = torch.linalg.vector_norm(sizes, dim=1).tolist()
         relative = wanted / before if before else math.inf if wanted else 0.0
-        return Written(relative, lost / wanted if wanted else 0.0)
+        rounding = lost / wanted if wanted else 0.0
+        return Written(relative, rounding if remainder is None else min(rounding, 1.0))
 
     def _hold(self, name: str, kind: str, ndim: int = 2) -> Tensor:
         """Check a field and keep a contiguous float64 copy: a record of an edit that later changes elsewhere leave."""
@@ -275,7 +292,9 @@ class Rotation(Update):
 
     They stay to the rounding of the weight's dtype, which adds up over a sequence of edits. In float32 each drifts by
     about 2e-7 of the largest over a thousand edits, so the relative drift of the smallest, and of the condition number,
-    is larger the worse the weight is conditioned. bfloat16 rounds by 4e-3 every time: keep edited weights in float32.
+    is larger the worse the weight is conditioned. bfloat16 rounds by 4e-3 every time, and float16 by 5e-4, unless what
+    rounding takes is carried along (`apply_` with a remainder, as editors do): the sum then drifts as float32 does, and
+    what is stored is off by one rounding, however many edits there were.
 
     Args:
         q: ``(d, d)``, orthogonal to 1e-8.

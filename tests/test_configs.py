@@ -240,6 +240,7 @@ def test_every_value_of_an_overlay_has_its_source_beside_it(overlay: str) -> Non
 # What an overlay may leave to the method's own configuration: so long as it has one of these values there, and for this
 # reason. Anything else that it does not state is a constant chosen on the embedded model, passed off as published.
 UNSAID: dict[str, tuple[tuple[Any, ...], str]] = {
+    "carry_rounding": ((True,), "how weights of 16 bits are written, whatever the model; nothing changes in float32"),
     "value_keys": ((None,), "a part that the method has not"),
     "restraints": ((None,), "a part that the method has not"),
     "values.penalties": ((None,), "a part that the method has not"),

@@ -257,6 +257,17 @@ def test_a_model_without_its_weights_counts_the_same(family: str, tiny_folder: F
     assert skeleton(str(tiny_folder(family) / "nowhere"), "float32") is None
 
 
+def test_what_rounding_takes_of_half_precision_weights_is_as_large_as_they_are(tmp_path: Path) -> None:
+    editor = quick_editor("memit")
+    made = session("llama", editor, tmp_path)
+    assert "what rounding took" not in memory_needed(made.workspace, editor, requests(), 1).lasting
+    made.model.to(torch.bfloat16)
+    half = memory_needed(made.workspace, editor, requests(), 1)
+    assert half.lasting["what rounding took"] == stored(part.weight for part in made.editable)
+    editor.writing.remainders.on = False  # type: ignore[attr-defined]
+    assert memory_needed(made.workspace, editor, requests(), 1).total < half.total
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", ["memit", "alphaedit", "o-edit-memit", "mose", "ft"])
 def test_what_lasts_is_as_large_as_the_tensors(method: str, family: str, tmp_path: Path) -> None:

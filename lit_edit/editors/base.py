@@ -25,9 +25,9 @@ class Applied:
     rounding: float = 0.0  # what the weight's dtype took of it, see `Update.apply_`
 
     @classmethod
-    def write(cls, layer: int, update: Update, weight: Tensor) -> Applied:
-        """Applies an update to a layer's weight (d, p) in place."""
-        return cls(layer, update, *update.write_(weight))
+    def write(cls, layer: int, update: Update, weight: Tensor, remainder: Tensor | None = None) -> Applied:
+        """Applies an update to a layer's weight (d, p), and its remainder if there is one, in place."""
+        return cls(layer, update, *update.write_(weight, remainder))
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class Editor(ABC):
     @property
     def needs_originals(self) -> bool:
         """Whether the workspace must keep the weights as they were before the first edit."""
+        return False
+
+    @property
+    def carries_rounding(self) -> bool:
+        """Whether what rounding takes of weights of 16 bits is kept from edit to edit."""
         return False
 
     @property

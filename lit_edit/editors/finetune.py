@@ -43,6 +43,8 @@ class FineTune(Editor):
         weight_decay: Adam's (an L2 term on the weight, not on its change).
         restraints: what is done to every update of a weight, or to the sum of them, in this order. The updates are of
             full rank.
+        carry_rounding: whether what rounding takes of a weight of 16 bits is kept, in as much memory again, and
+            counted with the weight at the next edit (`lit_edit.editors.remainders.Remainders`).
 
     Raises:
         ValueError: for numbers out of range, an unknown objective, or restraints that do not work on such updates.
@@ -59,6 +61,7 @@ class FineTune(Editor):
         elastic_net: ElasticNet | None = None,
         weight_decay: float = 0.0,
         restraints: list[Restraint] | None = None,
+        carry_rounding: bool = True,
     ) -> None:
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"Fine-tuning needs distinct layers and at least one, not {layers}.")
@@ -73,7 +76,7 @@ class FineTune(Editor):
         self.layers, self.lr, self.steps, self.stop_loss = sorted(layers), lr, steps, stop_loss
         self.objective, self.norm_constraint = objective, norm_constraint
         self.elastic_net, self.weight_decay = elastic_net, weight_decay
-        self.writing = RestrainedWriting(restraints, Source(type(self).__name__, dense=True))
+        self.writing = RestrainedWriting(restraints, Source(type(self).__name__, dense=True), carry_rounding)
         self.restraints = self.writing.restraints
 
     def editable_layers(self, workspace: Workspace) -> list[int]:
@@ -95,6 +98,11 @@ class FineTune(Editor):
     def needs_originals(self) -> bool:
         """As the restraints say."""
         return self.writing.needs_originals
+
+    @property
+    def carries_rounding(self) -> bool:
+        """As asked for."""
+        return self.writing.remainders.on
 
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
         """Trains copies of the weights; the plan's data are their changes (d, p) by layer."""

@@ -38,6 +38,8 @@ class LocateThenEdit(Editor):
         restraints: what is done to every update, or to their sum, in this order.
         contexts: number of generated context prefixes.
         context_length: their length in tokens.
+        carry_rounding: whether what rounding takes of a weight of 16 bits is kept, in as much memory again, and
+            counted with the weight at the next edit (`lit_edit.editors.remainders.Remainders`).
 
     Raises:
         ValueError: if the parts do not go together; the message says why.
@@ -53,11 +55,13 @@ class LocateThenEdit(Editor):
         restraints: list[Restraint] | None = None,
         contexts: int = 5,
         context_length: int = 10,
+        carry_rounding: bool = True,
     ) -> None:
         if contexts < 0 or context_length < 1:
             raise ValueError("An editor needs contexts >= 0 and context_length >= 1.")
         layers.check(values)
-        self.writing = RestrainedWriting(restraints, Source(type(solver).__name__, additive=solver.additive))
+        source = Source(type(solver).__name__, additive=solver.additive)
+        self.writing = RestrainedWriting(restraints, source, carry_rounding)
         self.restraints = self.writing.restraints
         for penalty in values.penalties:
             penalty.check(solver)
@@ -90,6 +94,11 @@ class LocateThenEdit(Editor):
     def needs_originals(self) -> bool:
         """As the restraints and the values' penalties say."""
         return self.writing.needs_originals or any(penalty.needs_original for penalty in self.values.penalties)
+
+    @property
+    def carries_rounding(self) -> bool:
+        """As asked for."""
+        return self.writing.remainders.on
 
     def check(self, workspace: Workspace, batch_size: int) -> None:
         """Refuses a batch size or a covariance that the solver cannot take."""
@@ -162,8 +171,9 @@ class LocateThenEdit(Editor):
         if self.value_keys is not None:
             value_keys = compute_keys(workspace, requests, [layer], self.value_keys)[layer]
         part = workspace.architecture[layer]
+        remainder = self.writing.remainders.of(layer, part.weight)
         if self.values.site == "block":
-            now = ExactWeight(part.weight) @ (keys if value_keys is None else value_keys)
+            now = ExactWeight(part.weight, remainder) @ (keys if value_keys is None else value_keys)
             targets = now + self._share(workspace, plan, values, layer, mine)
         else:
             targets = torch.stack([values.targets[i][layer] for i in mine], dim=1)
@@ -175,6 +185,7 @@ class LocateThenEdit(Editor):
             memory=self.memory.get(layer),
             layer=part.name,
             value_keys=value_keys,
+            remainder=remainder,
         )
         return problem, keys
 

@@ -29,14 +29,21 @@ class MEND(Editor):
             `lit_edit.mend_training`.
         restraints: what is done to every update of a weight, or to the sum of them, in this order. An update's rank is
             the number of tokens of the batch, not of its requests.
+        carry_rounding: whether what rounding takes of a weight of 16 bits is kept, in as much memory again, and
+            counted with the weight at the next edit (`lit_edit.editors.remainders.Remainders`).
 
     Raises:
         HyperNetworkError: if there is none; the message says how to train one.
         ValueError: if the restraints do not go together.
     """
 
-    def __init__(self, hypernetwork: str = "embedded", restraints: list[Restraint] | None = None) -> None:
-        self.writing = RestrainedWriting(restraints, Source(type(self).__name__))
+    def __init__(
+        self,
+        hypernetwork: str = "embedded",
+        restraints: list[Restraint] | None = None,
+        carry_rounding: bool = True,
+    ) -> None:
+        self.writing = RestrainedWriting(restraints, Source(type(self).__name__), carry_rounding)
         self.restraints = self.writing.restraints
         self.hypernetwork = hypernetwork
         self.network, self.header = HyperNetwork.load(hypernetwork)
@@ -60,6 +67,11 @@ class MEND(Editor):
     def needs_originals(self) -> bool:
         """As the restraints say."""
         return self.writing.needs_originals
+
+    @property
+    def carries_rounding(self) -> bool:
+        """As asked for."""
+        return self.writing.remainders.on
 
     def check(self, workspace: Workspace, batch_size: int) -> None:
         """Refuses a model other than the one that the hyper-network was trained for."""

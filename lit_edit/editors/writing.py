@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.editors.base import Applied, Plan
+from lit_edit.editors.remainders import Remainders
 from lit_edit.originals import Former
 from lit_edit.restraints import Ground, Restraint, Source, check_restraints
 from lit_edit.updates import Update
@@ -20,25 +21,37 @@ _EDITS_HERE, _RANK_HERE = "edits_here.", "rank_here."
 
 
 @contextmanager
-def all_or_nothing(workspace: Workspace) -> Iterator[Callable[[int, Update], Applied]]:
+def all_or_nothing(
+    workspace: Workspace, remainders: Remainders | None = None
+) -> Iterator[Callable[[int, Update], Applied]]:
     """Gives a function that writes an update into a layer; where the block ends in an error, nothing was written.
 
     Layers that were written get their former weights back, bit by bit; they are kept until the block ends. The
     workspace's originals are told of every write.
+
+    Args:
+        workspace: the model.
+        remainders: what rounding takes goes there, and back again with the weights.
     """
+    carried = Remainders(on=False) if remainders is None else remainders
+    before = carried.all()
     kept: dict[str, Former] = {}
 
     def write(layer: int, update: Update) -> Applied:
         part = workspace.architecture[layer]
         if part.name not in kept:
             kept[part.name] = workspace.originals.former(part.name)
-        return Applied.write(layer, update, part.weight)
+        remainder = carried.to_write(layer, part.weight)
+        applied = Applied.write(layer, update, part.weight, remainder)
+        carried.keep(layer, remainder, part.weight)
+        return applied
 
     try:
         yield write
     except BaseException:  # an interrupt by the keyboard, too
         for name, former in kept.items():
             workspace.originals.take_back(name, former)
+        carried.restore(before)
         raise
 
 
@@ -48,18 +61,21 @@ class RestrainedWriting:
     Args:
         restraints: what is done to every update, or to their sum, in this order.
         source: where the updates come from.
+        carry_rounding: whether what rounding to 16 bits takes of a weight is kept for the next edit (`Remainders`).
 
     Attributes:
         restraints: as given.
+        remainders: what rounding took so far.
         edits: requests applied so far.
 
     Raises:
         ValueError: if a restraint cannot work on such updates, or not in this order.
     """
 
-    def __init__(self, restraints: Sequence[Restraint] | None, source: Source) -> None:
+    def __init__(self, restraints: Sequence[Restraint] | None, source: Source, carry_rounding: bool = True) -> None:
         self.restraints = list(restraints or [])
         check_restraints(self.restraints, source)
+        self.remainders = Remainders(carry_rounding)
         self.edits = 0
         self._finished_at = 0
         self._edits_here: dict[int, int] = {}  # requests by layer
@@ -95,6 +111,7 @@ class RestrainedWriting:
             batch=batch,
             rank_here=self._rank_here.get(layer, 0),
             layer=part.name,
+            remainder=self.remainders.of(layer, part.weight),
         )
 
     def apply(
@@ -114,7 +131,7 @@ class RestrainedWriting:
         watch, batch = workspace.stopwatch, len(plan.requests)
         here = Counter(layer for layers in plan.layers for layer in layers)
         ranks: dict[int, int] = {}
-        with all_or_nothing(workspace) as write:
+        with all_or_nothing(workspace, self.remainders) as write:
             applied = []
             for layer in sorted(here):
                 update, ground = update_of(layer), self.ground(workspace, layer, batch, here[layer])
@@ -138,7 +155,7 @@ class RestrainedWriting:
         if self._finished_at == self.edits:
             return []
         applied = []
-        with all_or_nothing(workspace) as write:
+        with all_or_nothing(workspace, self.remainders) as write:
             for layer in editable:
                 applied += self._total(workspace, layer, 0, 0, None, write)
         self._finished_at = self.edits
@@ -165,17 +182,18 @@ class RestrainedWriting:
         return applied
 
     def state_dict(self) -> dict[str, Tensor]:
-        """How many requests were applied, in all and by layer, the ranks, and the count at the last end of a run."""
+        """Requests applied, in all and by layer, ranks, the count at the last end of a run, and the remainders."""
         counts = {"edits": self.edits, "finished_at": self._finished_at}
         counts |= {f"{_EDITS_HERE}{layer}": count for layer, count in self._edits_here.items()}
         counts |= {f"{_RANK_HERE}{layer}": rank for layer, rank in self._rank_here.items()}
-        return {name: torch.tensor(count) for name, count in counts.items()}
+        return {name: torch.tensor(count) for name, count in counts.items()} | self.remainders.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` gave; other names are passed over."""
         self.edits, self._finished_at = int(state["edits"]), int(state["finished_at"])
         self._edits_here = _by_layer(state, _EDITS_HERE)
         self._rank_here = _by_layer(state, _RANK_HERE)
+        self.remainders.load_state_dict(state)
 
 
 def _by_layer(state: dict[str, Tensor], prefix: str) -> dict[int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lit_edit.exact import ExactWeight
 from lit_edit.updates import Update
 
 
@@ -26,6 +27,8 @@ class Ground:
         batch_here: requests of this batch that go into this layer; 0 at the end of a run.
         rank_here: what the rank of ``W − W_0`` is at most, but for rounding; None where nobody counted, which is taken
             for one per request.
+        remainder: ``(d, p)``, what rounding took of the weight (`lit_edit.exact`); restraints take the sum of both for
+            the weight. None where it is not known.
     """
 
     weight: Tensor
@@ -37,6 +40,12 @@ class Ground:
     layer: str = ""
     batch_here: int = 0
     rank_here: int | None = None
+    remainder: Tensor | None = None
+
+    @property
+    def exact(self) -> ExactWeight:
+        """The weight, for computations in float64."""
+        return ExactWeight(self.weight, self.remainder)
 
 
 @dataclass(frozen=True)

@@ -134,4 +134,5 @@ def written(ground: Ground, rank: int | None = None) -> Tensor:
     if ground.original is None:
         raise ValueError(f"The weight of layer {ground.layer!r} before the first edit was not kept (originals).")
     original = ground.original.to(ground.weight.device)
-    return written_basis(ground.weight, original, ground.edits_here if rank is None else rank)
+    edits = ground.edits_here if rank is None else rank
+    return written_basis(ground.exact.dense(), original, edits, ground.exact.eps)

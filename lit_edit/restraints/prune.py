@@ -76,9 +76,8 @@ class PRUNE(Restraint):
             return None
         if ground.original is None:
             raise ValueError(f"PRUNE needs the weight of layer {ground.layer!r} as it was before the first edit.")
-        weight, original = (
-            w.detach().to(ground.weight.device, torch.float64) for w in (ground.weight, ground.original)
-        )
+        weight = ground.exact.dense()
+        original = ground.original.detach().to(weight)
         if torch.equal(weight, original):
             return None
         largest = singular_values(original)[0]

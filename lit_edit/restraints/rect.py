@@ -41,7 +41,7 @@ class RECT(Restraint):
         if self.keep == 1:
             return update
         change = update.delta(ground.weight)
-        return Additive(change * _largest(change, ground.weight.detach().to(change), self.keep))
+        return Additive(change * _largest(change, ground.exact.dense(), self.keep))
 
 
 def _largest(change: Tensor, weight: Tensor, keep: float) -> Tensor:

@@ -30,6 +30,8 @@ class Problem:
         memory: ``(p, m)``, the keys of past edits in this layer, or ``None`` if there are none.
         layer: the name of the layer, for messages and for what a solver keeps per layer.
         value_keys: ``(p, n)``, the keys that the targets were optimised at, where these are not ``keys``.
+        remainder: ``(d, p)``, what rounding took of the weight (`lit_edit.exact`), kept as it is; solvers take the sum
+            of both for the weight. None where it is not known.
 
     Raises:
         ValueError: if a shape does not fit or a value is not finite; the message names the tensor and the layer.
@@ -42,6 +44,7 @@ class Problem:
     memory: Tensor | None = None
     layer: str = ""
     value_keys: Tensor | None = None
+    remainder: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("weight", "keys", "targets", "covariance", "memory", "value_keys"):
@@ -70,6 +73,8 @@ class Problem:
             self._expect("memory", self.memory, (p, self.memory.shape[1]))
         if self.value_keys is not None:
             self._expect("value_keys", self.value_keys, (p, n))
+        if self.remainder is not None:
+            self._expect("remainder", self.remainder, (d, p))
 
     @property
     def _where(self) -> str:
@@ -90,7 +95,7 @@ class Problem:
     @property
     def exact(self) -> ExactWeight:
         """The weight, for products in float64."""
-        return ExactWeight(self.weight)
+        return ExactWeight(self.weight, self.remainder)
 
     def outputs(self, keys: Tensor) -> Tensor:
         """``W K``, ``(d, n)`` in float64, for any keys ``(p, n)``."""
@@ -162,6 +167,10 @@ class Solver(ABC):
 
     def kept_size(self, d: int, p: int) -> int:
         """How many float64 numbers are kept between edits for a layer with ``W (d, p)``; for estimates of memory."""
+        return 0
+
+    def passing_size(self, d: int, p: int) -> int:
+        """How many float64 numbers a solution for ``W (d, p)`` takes for a while, beside those of size ``p²``."""
         return 0
 
     def state_dict(self) -> dict[str, Tensor]:

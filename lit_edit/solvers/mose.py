@@ -37,16 +37,16 @@ class MOSE(Solver):
     All but the last term are symmetric positive definite, and as an edit turns ``W`` it turns them along. Their
     eigenvectors are computed once per layer and carried from edit to edit; see `lit_edit.krylov` for the rest. They are
     computed anew where a weight is no longer what the rotations made of it: because others changed it, or by the
-    rounding of its dtype.
+    rounding of a dtype of 16 bits where that is not carried along (a problem's ``remainder``, which editors see to).
 
     Args:
         preservation: ``λ``, how many tokens' worth of the corpus weighs against one edited key.
         memory: add the keys of past edits to the preserved set. The paper has none; without them later rotations turn
             earlier edits away.
         drift: how far outputs of the weight may be, in proportion, from what the rotations made of them, before the
-            eigenvectors are computed anew. 1e-3 does so at every edit in bfloat16, and never in a run in float32; 0.02
-            saves it in bfloat16 for some hundred edits, of which the last is then up to 3e-4 less good, in proportion
-            to the objective of no edit.
+            eigenvectors are computed anew. 1e-3 never does so in a run in float32, nor in half precision with what
+            rounding takes carried along. Without that it does at every edit in bfloat16; 0.02 then saves it for some
+            hundred edits, of which the last is up to 3e-4 less good, in proportion to the objective of no edit.
         method: ``krylov``, or ``svd`` of the dense ``d × d`` matrix at every edit, to the letter of Eq. 19. Their
             objectives agree to 1e-9.
 
@@ -106,6 +106,10 @@ class MOSE(Solver):
     def kept_size(self, d: int, p: int) -> int:
         """The eigenvectors, and what stands beside them; none with ``method="svd"``."""
         return 0 if self.method == "svd" else d * (d + max(FOLD_AT, d // 16))
+
+    def passing_size(self, d: int, p: int) -> int:
+        """What is preserved, its eigenvectors and the work space for these, and some rows of ``W C``."""
+        return 4 * d * d + 2 * 512 * p
 
     def _gram(self, weight: ExactWeight, covariance: Tensor, remembered: Tensor) -> Tensor:
         """``λ W C Wᵀ + (W M)(W M)ᵀ``, ``(d, d)``."""

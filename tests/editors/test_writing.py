@@ -17,14 +17,16 @@ from lit_edit import load_editor
 from lit_edit.architectures import Architecture
 from lit_edit.cli import describe
 from lit_edit.editors import MEND, Editor, FineTune, LocateThenEdit, MoseOFT, Plan
+from lit_edit.editors.remainders import Remainders
 from lit_edit.editors.writing import all_or_nothing
+from lit_edit.exact import ExactWeight
 from lit_edit.hypernetworks import HyperNetwork
 from lit_edit.keys import KeyAverage
 from lit_edit.layers import Choice, FixedLayers, LayerPolicy
 from lit_edit.requests import EditRequest
 from lit_edit.restraints import PRUNE, RECT, Ground, OEditPlus, Restraint
 from lit_edit.session import EditSession
-from lit_edit.solvers import MEMIT, Problem
+from lit_edit.solvers import MEMIT, MOSE, Problem
 from lit_edit.updates import Additive, Update
 from lit_edit.values import OEdit, ValueOptimizer
 from lit_edit.workspace import Workspace
@@ -370,6 +372,132 @@ def test_a_layer_written_twice_goes_back_to_the_beginning_and_an_interrupt_count
     with all_or_nothing(workspace) as write:
         assert write(1, Additive(change)).relative_change > 0
     assert changed(before, workspace.model) == {workspace.architecture[1].name}
+
+
+# What rounding takes
+
+
+def half(tiny: tuple[Any, Any]) -> Workspace:
+    workspace = prepared(tiny, torch.bfloat16)
+    workspace.covariances = {layer: c.double() for layer, c in workspace.covariances.items()}
+    return workspace
+
+
+def carrying(kind: str, make: Make, on: bool = True) -> Editor:
+    if kind == "mose-oft":
+        return MoseOFT(LAYERS, blocks=4, steps=3, lr=0.05, radius=None, carry_rounding=on)
+    if kind == "mose":
+        values = ValueOptimizer("mlp", lr=0.1, steps=3, stop_loss=0.0)
+        return LocateThenEdit(FixedLayers(LAYERS), values, MOSE(5.0), contexts=2, carry_rounding=on)
+    if kind == "fine-tuning":
+        return FineTune(LAYERS, lr=5e-3, steps=3, stop_loss=0.0, carry_rounding=on)
+    return make(kind)
+
+
+def exact_of(editor: Any, workspace: Workspace) -> dict[int, Tensor]:
+    """The weights with what rounding took of them."""
+    remainders: Remainders = getattr(editor, "writing", editor).remainders
+    parts = [workspace.architecture[layer] for layer in LAYERS]
+    return {p.index: ExactWeight(p.weight, remainders.of(p.index, p.weight)).dense() for p in parts}
+
+
+@two_families
+@pytest.mark.parametrize("kind", ["fine-tuning", "memit", "mose-oft"])
+def test_half_precision_weights_are_the_rounded_sum_of_all_changes(tiny, make: Make, kind: str) -> None:
+    workspace, editor = half(tiny), carrying(kind, make)
+    expected = exact_of(editor, workspace)
+    for request in requests()[:3]:
+        for layer, update in edit(editor, workspace, [request]).items():
+            expected[layer] = expected[layer] + update.delta(expected[layer])
+    for layer, found in exact_of(editor, workspace).items():
+        torch.testing.assert_close(found, expected[layer], rtol=1e-6, atol=1e-7)  # one rounding: 1e-4
+        torch.testing.assert_close(matrix_of(workspace.model, layer), found.bfloat16(), rtol=0, atol=0)
+        assert float((found - matrix_of(workspace.model, layer)).norm()) > 1e-4 * float(found.norm())
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+@pytest.mark.parametrize("kind", ["fine-tuning", "mose-oft"])
+def test_carrying_can_be_switched_off_and_is_not_for_wide_weights(tiny, make: Make, kind: str) -> None:
+    for editor, workspace in ((carrying(kind, make, on=False), half(tiny)), (carrying(kind, make), prepared(tiny))):
+        edit(editor, workspace, requests()[:1])
+        assert not [name for name in editor.state_dict() if name.startswith("remainder")]
+
+
+@two_families
+@pytest.mark.parametrize("kind", ["fine-tuning", "mose", "mose-oft"])
+def test_a_run_in_half_precision_goes_on_from_its_state(tiny, make: Make, kind: str, tmp_path: Path) -> None:
+    straight, going = half(tiny), carrying(kind, make)
+    for request in requests()[:2]:
+        edit(going, straight, [request])
+    path = tmp_path / "state.pt"
+    torch.save({"editor": going.state_dict(), "model": weights(straight.model)}, path)
+    state, resumed, other = torch.load(path, weights_only=True), half(tiny), carrying(kind, make)
+    other.load_state_dict(state["editor"])  # before the weights, as Lightning does
+    resumed.model.load_state_dict(state["model"])
+    for editor, workspace in ((going, straight), (other, resumed)):
+        edit(editor, workspace, requests()[2:3])
+    torch.testing.assert_close(weights(resumed.model), weights(straight.model), rtol=0, atol=0)
+    torch.testing.assert_close(other.state_dict(), going.state_dict(), rtol=0, atol=0)
+    assert "remainder.1" in other.state_dict()
+
+
+@two_families
+def test_what_rounding_took_of_a_weight_that_others_changed_is_dropped(tiny) -> None:
+    workspace, remainders = half(tiny), Remainders()
+    weight = workspace.architecture[1].weight
+    with all_or_nothing(workspace, remainders) as write:
+        write(1, Additive(torch.rand(weight.shape)))
+    assert remainders.of(1, weight) is not None
+    assert remainders.of(2, weight) is None
+    written = weight.clone()
+    weight.data[3, 5] += 1  # without a trace in its version
+    assert remainders.of(1, weight) is None
+    weight.copy_(written)
+    assert remainders.of(1, weight) is None
+    assert remainders.state_dict() == {}
+
+
+@two_families
+def test_an_error_takes_back_what_rounding_took_with_the_weights(tiny) -> None:
+    workspace, remainders = half(tiny), Remainders()
+    change = torch.rand(workspace.architecture[1].weight.shape)
+    with all_or_nothing(workspace, remainders) as write:
+        write(1, Additive(change))
+    before, state = weights(workspace.model), {name: t.clone() for name, t in remainders.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), all_or_nothing(workspace, remainders) as write:  # noqa: PT012
+        write(1, Additive(0.3 * change))
+        write(2, Additive(change))
+        write(1, Additive(0.3 * change))
+        assert set(remainders.state_dict()) > set(state)
+        raise KeyboardInterrupt
+    assert changed(before, workspace.model) == set()
+    torch.testing.assert_close(remainders.state_dict(), state, rtol=0, atol=0)
+    assert remainders.of(1, workspace.architecture[1].weight) is not None
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_solvers_and_restraints_see_the_sum(tiny) -> None:
+    seen: dict[str, list[Tensor]] = {"problem": [], "ground": []}
+
+    class Solving(MEMIT):
+        def solve(self, problem: Problem) -> Update:
+            seen["problem"].append(problem.exact.dense())
+            return super().solve(problem)
+
+    class Looking(Restraint):
+        def restrain(self, update: Update, ground: Ground) -> Update:
+            seen["ground"].append(ground.exact.dense())
+            return update
+
+    for site in ("mlp", "block"):
+        values = ValueOptimizer(site, lr=0.5, steps=2, stop_loss=0.0)  # type: ignore[arg-type]
+        editor = LocateThenEdit(FixedLayers([1]), values, Solving(5.0), contexts=2, restraints=[Looking()])
+        workspace = half(tiny)
+        editor.apply(workspace, editor.plan(workspace, requests()[:1]))
+        exact = ExactWeight(part := workspace.architecture[1].weight, editor.writing.remainders.of(1, part)).dense()
+        assert not torch.equal(exact, part.double())
+        editor.apply(workspace, editor.plan(workspace, requests()[1:2]))
+        torch.testing.assert_close([seen["problem"][-1], seen["ground"][-1]], [exact, exact], rtol=0, atol=0)
 
 
 # Put together

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_edit.exact import no_remainder
 from lit_edit.krylov import Preserved
 from lit_edit.linalg import orthogonality_error
 from lit_edit.solvers import MOSE, MOSEKey, Problem, Solver
@@ -27,22 +28,23 @@ each_solver = pytest.mark.parametrize("name", SOLVERS)
 class Sequence:
     """Edits of one layer, one after another, in float64 or in a dtype of a model."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64, carry: bool = False) -> None:
         self.g = torch.Generator().manual_seed(0)
         root = torch.randn(P, P, generator=self.g, dtype=torch.float64) * torch.logspace(0, -2.5, P).double()
         self.covariance = root @ root.T / P
         self.weight = torch.randn(D, P, generator=self.g, dtype=torch.float64).to(dtype)
         self.past = torch.zeros(P, 0, dtype=torch.float64)
+        self.remainder = no_remainder(self.weight) if carry else None
 
     def problem(self, n: int = 1) -> Problem:
         keys = torch.linalg.cholesky(self.covariance) @ torch.randn(P, n, generator=self.g, dtype=torch.float64) * 8
         out = self.weight.double() @ keys
         targets = torch.randn(D, n, generator=self.g, dtype=torch.float64)
         targets = targets / targets.norm(dim=0) * out.norm(dim=0)
-        return Problem(self.weight, keys, targets, self.covariance, self.past, "layer")
+        return Problem(self.weight, keys, targets, self.covariance, self.past, "layer", remainder=self.remainder)
 
     def apply(self, problem: Problem, update: Update) -> None:
-        update.apply_(self.weight)
+        update.apply_(self.weight, self.remainder)
         self.past = torch.cat([self.past, problem.keys], dim=1)
 
 
@@ -154,9 +156,18 @@ def test_another_covariance_counts_at_once(name: str, in_place: bool) -> None:
     torch.testing.assert_close(dense(solver.solve(problem))[0], dense(fresh)[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1), (torch.float16, 4), (torch.bfloat16, 12)])
-def test_eigenvectors_are_computed_anew_when_rounding_has_added_up(
-    dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("dtype", "carry", "most"),
+    [
+        (torch.float32, False, 1),
+        (torch.float16, False, 4),
+        (torch.bfloat16, False, 12),
+        (torch.float16, True, 1),
+        (torch.bfloat16, True, 1),
+    ],
+)
+def test_eigenvectors_are_computed_anew_when_rounding_has_added_up_and_is_not_carried(
+    dtype: torch.dtype, carry: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
     real = Preserved.of.__func__  # type: ignore[attr-defined]
@@ -166,14 +177,14 @@ def test_eigenvectors_are_computed_anew_when_rounding_has_added_up(
         return real(cls, gram)
 
     monkeypatch.setattr(Preserved, "of", classmethod(counting))
-    follow(Sequence(dtype), MOSE(5.0), edits=12)
+    follow(Sequence(dtype, carry), MOSE(5.0), edits=12)
     assert most / 4 <= len(computed) <= most
 
 
 @each_solver
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounded_weights_do_as_well(name: str, dtype: torch.dtype) -> None:
-    run, solver, exact = Sequence(dtype), SOLVERS[name]("krylov"), SOLVERS[name]("svd")
+@pytest.mark.parametrize(("dtype", "carry"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_rounded_weights_do_as_well(name: str, dtype: torch.dtype, carry: bool) -> None:
+    run, solver, exact = Sequence(dtype, carry), SOLVERS[name]("krylov"), SOLVERS[name]("svd")
     for _ in range(12):
         problem = run.problem()
         update = solver.solve(problem)
