@@ -433,6 +433,8 @@ def test_a_run_in_half_precision_goes_on_from_its_state(tiny, make: Make, kind: 
     torch.save({"editor": going.state_dict(), "model": weights(straight.model)}, path)
     state, resumed, other = torch.load(path, weights_only=True), half(tiny), carrying(kind, make)
     other.load_state_dict(state["editor"])  # before the weights, as Lightning does
+    for part in resumed.architecture.layers:
+        resumed.originals.before_write(part.name)
     resumed.model.load_state_dict(state["model"])
     for editor, workspace in ((going, straight), (other, resumed)):
         edit(editor, workspace, requests()[2:3])
