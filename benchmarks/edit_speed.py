@@ -442,14 +442,16 @@ def bench_large(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.large:
         model = shaped(name, device, dtype)
         layer = SHAPES[name]["num_hidden_layers"] * 5 // 32  # ROME's layer of 5 among 32
-        for method, solver in (("MOSE", MOSE(1.0)), ("MEMIT", MEMIT(15_000.0)), ("AlphaEdit", AlphaEdit())):
-            matched = method == "MOSE"
-            values = ValueOptimizer(constraint=NormMatched() if matched else NormClamp(4.0), stop_loss=0.0)
-            editor = LocateThenEdit(FixedLayers([layer]), values, solver, contexts=20, context_length=10)
-            with tempfile.TemporaryDirectory() as cache:
-                session = EditSession(
+        sessions = {}
+        with tempfile.TemporaryDirectory() as cache:  # all are of the unedited model, whose statistics they share
+            for solver in (MOSE(1.0), MEMIT(15_000.0), AlphaEdit()):
+                constraint = NormMatched() if isinstance(solver, MOSE) else NormClamp(4.0)
+                values = ValueOptimizer(constraint=constraint, stop_loss=0.0)
+                editor = LocateThenEdit(FixedLayers([layer]), values, solver, contexts=20, context_length=10)
+                sessions[type(solver).__name__] = EditSession(
                     model, tokenizer, editor, load_corpus(), EMBEDDED, args.large_tokens, cache_dir=cache
                 )
+        for method, session in sessions.items():
             times = []
             for request in data.requests:
                 start = now()
@@ -482,8 +484,7 @@ def bench_large(args: argparse.Namespace) -> list[dict[str, Any]]:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-            del session, editor, space
-        del model
+        del model, sessions, session, space
     return rows
 
 
