@@ -602,10 +602,11 @@ def show(found: dict[str, list[dict[str, Any]]], steps: int) -> None:
         )  # fmt: skip
         print("Systems of additive methods for one request, seconds\n")
         print_table(
-            ["p", "limit", "kept factor", "dense", "dense / kept", "AlphaEdit kept", "dense", "ratio", "factorise (once)"],
+            ["p", "limit", "kept factor", "dense", "dense / kept", "AlphaEdit kept", "dense", "ratio",
+             "factorise (once)"],
             [
-                [str(r["p"]), f"{r['at_peak']['kept']:.4f}", f"{r['kept']:.4f}", f"{r['dense']:.2f}", f"{r['dense'] / r['kept']:.0f}",
-                 f"{r['alphaedit_kept']:.4f}", f"{r['alphaedit_dense']:.2f}",
+                [str(r["p"]), f"{r['at_peak']['kept']:.4f}", f"{r['kept']:.4f}", f"{r['dense']:.2f}",
+                 f"{r['dense'] / r['kept']:.0f}", f"{r['alphaedit_kept']:.4f}", f"{r['alphaedit_dense']:.2f}",
                  f"{r['alphaedit_dense'] / r['alphaedit_kept']:.0f}", f"{r['factorise']:.1f}"]
                 for r in rows
             ],
