@@ -477,7 +477,8 @@ def cut(
     blocks = [part.block for part in layers]
     handles = [blocks[0].register_forward_hook(lambda _, __, out: tuples.append(isinstance(out, tuple)))]
     handles += [blocks[f].register_forward_pre_hook(entering(f), with_kwargs=True) for f in asked if f not in behind]
-    handles += [blocks[f].register_forward_hook(leaving(f)) for f in (*behind, *unclear)]
+    # Before hooks of others, which will see what rows bring along once more.
+    handles += [blocks[f].register_forward_hook(leaving(f), prepend=True) for f in (*behind, *unclear)]
     projections = {layers[f].projection: projecting(f) for f in asked} if site == "mlp" else {}
     row = lengths.argmax()[None]
     rows = row if read is None else torch.cat([row, read])

@@ -364,6 +364,24 @@ def test_whether_a_change_arrives_is_found_out_by_trying() -> None:
     torch.testing.assert_close(g_part, g_whole, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("site", ["mlp", "block"])
+def test_hooks_of_others_on_blocks_do_their_work_once(tiny, site: Site) -> None:
+    """Such as those that steer a model: also where rows bring along what a block put out."""
+    workspace = make_workspace(tiny)
+    parts = layers_of(workspace)
+
+    def steer(_: nn.Module, __: Any, output: Any) -> Any:
+        state = output[0] if isinstance(output, tuple) else output
+        return (state + 0.5, *output[1:]) if isinstance(output, tuple) else state + 0.5
+
+    handles = [part.block.register_forward_hook(steer) for part in parts[1:3]]
+    whole, part, g_whole, g_part = both(workspace, [1, 3] if site == "mlp" else [1], site=site)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(g_part, g_whole, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_does_not_hide_it(dtype: torch.dtype) -> None:
     model, tokenizer = tiny_model("llama")
