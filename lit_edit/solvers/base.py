@@ -13,6 +13,8 @@ from lit_edit.linalg import NotPositiveDefiniteError, solve_spd
 from lit_edit.solvers.kept import KeptGram
 from lit_edit.updates import Update
 
+_NEWEST = 64  # keys of past edits, more than a batch usually has
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -34,7 +36,8 @@ class Problem:
             of both for the weight. None where it is not known.
 
     Raises:
-        ValueError: if a shape does not fit or a value is not finite; the message names the tensor and the layer.
+        ValueError: if a shape does not fit or a value is not finite; the message names the tensor and the layer. Of the
+            memory the newest keys are looked at; others that are not finite are refused by the solvers.
     """
 
     weight: Tensor
@@ -53,7 +56,8 @@ class Problem:
                 continue
             if tensor.ndim != 2:
                 raise ValueError(f"{self._where}: {name} must be a matrix, got shape {tuple(tensor.shape)}.")
-            if not _finite(tensor.detach()):
+            # Keys of past edits were looked at when they came in: there may be thousands of them.
+            if not _finite(tensor.detach()[:, -_NEWEST:] if name == "memory" else tensor.detach()):
                 raise ValueError(
                     f"{self._where}: {name} of shape {tuple(tensor.shape)} holds values that are not finite."
                 )

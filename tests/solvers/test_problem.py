@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lit_edit.solvers import Problem, preserved_gram
+from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem, Solver, preserved_gram
 
 
 def test_residual_and_storage(make_problem) -> None:
@@ -50,3 +50,20 @@ def test_preserved_gram(make_problem) -> None:
     torch.testing.assert_close(preserved_gram(problem.covariance, problem.memory, 7.0), expected)
     torch.testing.assert_close(preserved_gram(problem.covariance, problem.memory[:, :0], 7.0), 7 * before)
     torch.testing.assert_close(problem.covariance, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [MOSE(), MOSEKey(), ROME(memory=True), EMMET(memory=True), MEMIT(1.0, memory=True), AlphaEdit(None, energy=0.02)],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_keys_of_long_ago_that_are_not_finite_are_refused_when_solving(solver: Solver) -> None:
+    g = torch.Generator().manual_seed(0)
+    memory = torch.randn(120, 100, generator=g)
+    weight, key, target = (torch.randn(shape, generator=g) for shape in ((80, 120), (120, 1), (80, 1)))
+    memory[3, -1] = float("nan")
+    with pytest.raises(ValueError, match=r"memory of shape .* not finite"):
+        Problem(weight, key, target, torch.eye(120), memory)
+    memory[3, -1], memory[3, 0] = 1.0, float("nan")
+    with pytest.raises(ValueError, match=r"not finite|Nothing is preserved"):
+        solver.solve(Problem(weight, key, target, torch.eye(120), memory))
