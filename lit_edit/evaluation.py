@@ -43,6 +43,7 @@ def score_targets(model: nn.Module, prompter: Prompter, rows: Sequence[Row]) -> 
         logits = found.new_zeros(len(part.rows), longest + 1, found.shape[-1])
         logits[of, column - 1] = found
         scored.append((part.rows, target_scores(logits, targets)))
+        del part  # it holds keys and values, which those of the next one need not lie beside
     order = torch.tensor([i for group, _ in scored for i in group])
     fields = (torch.cat([score[f].cpu() for _, score in scored]) for f in range(4))
     return TargetScores(*(_in_order(values, order)[where] for values in fields))
@@ -92,6 +93,7 @@ def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_token
                 kept = torch.tensor([rows.index(i) for i in going])
                 cache.batch_select_indices(kept)
                 rows, ids, mask = going, ids[kept.to(ids.device)], mask[kept.to(ids.device)]
+        del part, cache
     return out
 
 

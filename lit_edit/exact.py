@@ -118,7 +118,7 @@ class ExactWeight:
 
     @property
     def eps(self) -> float:
-        """The distance of 1 from the next number that can be told from it."""
+        """The distance of 1 from the next number that can be told from it, if no write was without a remainder."""
         return torch.finfo(self.stored.dtype if self.remainder is None else torch.float32).eps
 
     def norm(self) -> float:

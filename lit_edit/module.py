@@ -246,6 +246,7 @@ class LitEdit(L.LightningModule):
             "editable": {_PREFIX + name: list(w.shape) for name, w in editable.items()},
             "editor": {name: tensor.cpu() for name, tensor in self.editor.state_dict().items()},
             "contexts": list(session.workspace.contexts),
+            "cuttable": session.workspace.cuts.cuttable,
             "journal": session.journal.state_dict(),
             "original": self._fingerprint,
         }
@@ -279,6 +280,7 @@ class LitEdit(L.LightningModule):
         device = session.workspace.device
         self.editor.load_state_dict({name: tensor.to(device) for name, tensor in state["editor"].items()})
         session.workspace.contexts = list(state["contexts"])
+        session.workspace.cuts.cuttable = state.get("cuttable", True)
         requests = self._requests()
         session.journal.load_state_dict(state["journal"], requests)
         if len(session.journal) < len(requests):

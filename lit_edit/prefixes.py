@@ -209,6 +209,7 @@ def parts(
         pieces, last = plan([keys[i] for i in chunk], make.pass_cost, fixed) if sharing else ([], [])
         pieces = [Piece(chunk[p.text], p.start, p.end, p.parent, p.level) for p in pieces]
         behind = {i: piece for i, piece in zip(chunk, last, strict=False) if piece >= 0}
+        kept = None  # what was kept for the chunk before is not held beside it
         kept = make.beginnings(pieces, behind) if behind else None
         if kept is None:
             sharing = sharing and not behind

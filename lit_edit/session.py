@@ -214,12 +214,16 @@ class EditSession:
         kind = self.workspace.architecture[worst.layer].weight.dtype
         if torch.finfo(kind).bits > 16:  # what is lost to float32 is nothing to begin with: a fact known already
             return
+        carried = self.editor.carries_rounding
+        if carried and len(self.journal):  # it is of the sum of all edits, beside which a single one may be small
+            return
         self._warned_of_rounding = True
         dtype = str(kind).removeprefix("torch.")
+        kept = " for now: it is kept, and stored with the next edits of the layer" if carried else ""
         warnings.warn(
             f"Edit {len(self.journal) + 1}: rounding to {dtype} took {worst.rounding:.0%} of the change of layer "
-            f"{worst.layer}, which is {worst.relative_change:.1e} of the weight. Load the model in float32 to write "
-            "such small changes; the journal has `rounding` for every edit.",
+            f"{worst.layer}, which is {worst.relative_change:.1e} of the weight{kept}. Load the model in float32 to "
+            "write such small changes at once; the journal has `rounding` for every edit.",
             stacklevel=2,
         )
 

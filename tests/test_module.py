@@ -324,6 +324,21 @@ def test_a_checkpoint_holds_the_edited_weights_only(make: Make, tmp_path: Path) 
     assert path.stat().st_size < whole / 2
 
 
+def test_a_resumed_run_goes_on_with_complete_passes_where_others_were_found_not_to_do(
+    make: Make, tmp_path: Path
+) -> None:
+    modules = [make("memit", "llama") for _ in range(2)]
+    trainer(tmp_path, EditCheckpoint(str(tmp_path / "here"))).fit(modules[0], datamodule=data(tmp_path, 2))
+    path = tmp_path / "here" / "edits.ckpt"
+    saved = torch.load(path, weights_only=True)
+    assert saved[CHECKPOINT_KEY]["cuttable"] is True
+    saved[CHECKPOINT_KEY]["cuttable"] = False
+    torch.save(saved, path)
+    trainer(tmp_path).fit(modules[1], datamodule=data(tmp_path, 3), ckpt_path=path, weights_only=True)
+    assert modules[1].session is not None
+    assert not modules[1].session.workspace.cuts.cuttable
+
+
 def test_contexts_come_from_the_checkpoint(make: Make, tmp_path: Path) -> None:
     """They are part of what an edit is: another seed on resuming changes nothing."""
     straight, first, other, resumed = make(), make(), make(seed=7), make(seed=7)

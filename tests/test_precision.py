@@ -111,18 +111,33 @@ def test_the_journal_says_what_rounding_took(method: str) -> None:
     assert taken[torch.float32] < taken[torch.float16] < taken[torch.bfloat16] <= 1 + 1e-9
 
 
-def test_edits_that_are_lost_to_rounding_are_reported_once() -> None:
+@pytest.mark.parametrize("carried", [True, False])
+def test_edits_that_are_lost_to_rounding_are_reported_once(carried: bool) -> None:
     model, tokenizer = tiny_model("gpt2")
-    session = EditSession(model.to(torch.bfloat16), tokenizer, FineTune([1], lr=1e-7, steps=1), [], "none")
+    editor = FineTune([1], lr=1e-7, steps=1, carry_rounding=carried)
+    session = EditSession(model.to(torch.bfloat16), tokenizer, editor, [], "none")
     before = projection_of(model, 1).weight.clone()
     facts = [*FACTS, EditRequest("3", "Oslo is in", "Oslo", "France")]
     with pytest.warns(UserWarning, match=r"Edit 1: rounding to bfloat16 took \d+% of the change of layer 1") as seen:
         applied = [session.apply(session.plan([fact])) for fact in facts]
     assert len(seen) == 1 < len(applied)
+    assert ("it is kept, and stored with the next edits" in str(seen[0].message)) == carried
     assert min(e.rounding["1"] for e in session.journal) > 0.9
     assert float((projection_of(model, 1).weight - before).norm() / before.norm()) < 1e-3
     model, tokenizer = tiny_model("gpt2")
     edit(model, tokenizer, facts, FineTune([1], lr=1e-7, steps=1), corpus=[])  # in float32 nothing is said
+
+
+def test_what_rounding_leaves_for_the_next_edit_is_not_reported_later() -> None:
+    """It is of the sum of all edits by then: that a single one is small beside it says nothing."""
+    model, tokenizer = tiny_model("gpt2")
+    editor = FineTune([1], lr=1e-2, steps=1)
+    session = EditSession(model.to(torch.bfloat16), tokenizer, editor, [], "none")
+    session.apply(session.plan(FACTS[:1]))
+    assert max(session.journal[0].rounding.values()) < 0.5
+    editor.lr = 1e-7
+    session.apply(session.plan(FACTS[1:2]))  # warnings are errors
+    assert max(session.journal[1].rounding.values()) > 0.5
 
 
 def test_an_edit_that_could_not_be_scored_is_in_the_journal_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,6 +309,38 @@ def test_sequences_are_sorted_within_a_window_and_hardly_padded(
     assert sum(lengths) <= sum(rows * width for rows, width in shapes) < unsorted
 
 
+@each_kind
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4), (4, 3)])
+@pytest.mark.parametrize("window", [2, 16], indirect=True)
+def test_a_collection_goes_on_in_batches_of_another_size(
+    kind: Kind, asked: Asked, loaded: tuple[Any, Any], sizes: tuple[int, int], window: int
+) -> None:
+    """The window that was begun is ended in the size it was begun in: nothing is counted twice, or left out."""
+    whole = asked(kind, folder="whole")
+    expected = whole.get(batch_size=5)
+    handle = interrupted(loaded, at=3, times=1)
+    with pytest.raises(KeyboardInterrupt):
+        asked(kind).get(batch_size=sizes[0])
+    handle.remove()
+    again = asked(kind)
+    torch.testing.assert_close(again.get(batch_size=sizes[1]), expected, rtol=1e-4, atol=1e-6)
+    assert again.headers["layer 1"] == whole.headers["layer 1"]
+
+
+def test_a_window_that_is_gone_is_missed(asked: Asked, loaded: tuple[Any, Any]) -> None:
+    handle = interrupted(loaded, at=3, times=1)
+    with pytest.raises(KeyboardInterrupt):
+        asked(texts=Stream("stream", "same")).get(batch_size=4)
+    handle.remove()
+
+    class Nothing(Stream):
+        def __iter__(self) -> Iterator[str]:
+            return iter(())
+
+    with pytest.raises(StatisticsError, match=r"goes on with other texts than .* delete .*partial-key_covariance-"):
+        asked(texts=Nothing("stream", "same")).get(batch_size=4)
+
+
 def test_a_window_of_which_a_part_was_counted_must_be_the_same(asked: Asked, loaded: tuple[Any, Any]) -> None:
     handle = interrupted(loaded, at=3, times=1)
     with pytest.raises(KeyboardInterrupt):

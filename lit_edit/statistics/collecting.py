@@ -393,12 +393,14 @@ class _Batch:
         used: the texts that the window begins.
         sequences: how many sequences of the last of its texts are out behind it; 0 if that is used up.
         window: how many batches of the window are done with this one; None if it is the last.
+        size: how many sequences a batch of this window has.
     """
 
     rows: list[list[int]]
     used: list[str]
     sequences: int
     window: int | None
+    size: int
 
     def behind(self, position: Position, tokens: int, digest: TextsHash, summands: int) -> Position:
         """The position behind it, from the one before; the digest is that of all windows that are done by then."""
@@ -406,9 +408,10 @@ class _Batch:
         done = replace(position, tokens=counted, texts_sha256=digest.hexdigest(), summands=summands)
         if self.window is not None:
             sha256 = position.window_sha256 or corpus_sha256(self.used)
-            return replace(done, batches=self.window, ahead=position.ahead + tokens, window_sha256=sha256)
+            ahead = position.ahead + tokens
+            return replace(done, batches=self.window, ahead=ahead, window_sha256=sha256, batch_size=self.size)
         texts = position.texts + len(self.used)
-        return replace(done, texts=texts, sequences=self.sequences, batches=0, ahead=0, window_sha256="")
+        return replace(done, texts=texts, sequences=self.sequences, batches=0, ahead=0, window_sha256="", batch_size=0)
 
 
 def _batches(
@@ -420,7 +423,8 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Batches of sequences of token ids, until ``max_tokens`` are out.
 
-    Within a window of so many batches sequences are sorted, the longest first, and so hardly padded.
+    Within a window of so many batches sequences are sorted, the longest first, and so hardly padded. A window that was
+    begun before is gone on with in batches of the size that they had then.
 
     Args:
         tokenizer: of the model.
@@ -430,21 +434,23 @@ def _batches(
         partial: where that was kept, if anywhere.
 
     Raises:
-        StatisticsError: if a window of which batches were counted before has other texts now.
+        StatisticsError: if a window of which batches were counted before has other texts now, or none.
     """
-    done, sha256 = position.batches, position.window_sha256
-    for rows, used, sequences in _windows(tokenizer, texts, pace, position):
-        if partial is not None and done and corpus_sha256(used) != sha256:
+    done, size = position.batches, position.batch_size or pace.batch_size
+    found: tuple[list[list[int]], list[str], int]
+    for found in chain(_windows(tokenizer, texts, pace, position), [([], [], 0)]):
+        rows, used, sequences = found
+        if partial is not None and done and corpus_sha256(used) != position.window_sha256:
             raise StatisticsError(
                 "The corpus goes on with other texts than those that an interrupted collection has begun to count: "
                 f"delete {partial.path} to begin again."
             )
         order = sorted(rows, key=len, reverse=True)
-        parts = [order[i : i + pace.batch_size] for i in range(0, len(order), pace.batch_size)]
+        parts = [order[i : i + size] for i in range(0, len(order), size)]
         for number, part in enumerate(parts, start=1):
             if number > done:
-                yield _Batch(part, used, sequences, None if number == len(parts) else number)
-        done = 0
+                yield _Batch(part, used, sequences, None if number == len(parts) else number, size)
+        done, size = 0, pace.batch_size
 
 
 def _windows(
@@ -459,6 +465,7 @@ def _windows(
         out by then; 0 if it is used up.
     """
     left, before = pace.max_tokens - (position.tokens - position.ahead), position.sequences
+    window = (position.batch_size or pace.batch_size) * _WINDOW
     rows: list[list[int]] = []
     used: list[str] = []
     last = 0  # of the texts read, up to the last that gave a token
@@ -473,9 +480,10 @@ def _windows(
             rows.append(ids[:left])
             left -= len(rows[-1])
             last = len(used)
-            if len(rows) == pace.batch_size * _WINDOW or not left:
+            if len(rows) == window or not left:
                 yield rows, used, number if number < len(found) else 0
                 rows, used, last = [], [], 0
+                window = pace.batch_size * _WINDOW
             if not left:
                 return
         before = 0

@@ -329,6 +329,7 @@ class Position:
         batches: how many batches of the next window were counted, too.
         ahead: tokens in them.
         window_sha256: :func:`corpus_sha256` of the texts that this window begins, if any of it was counted.
+        batch_size: sequences in its batches, then.
     """
 
     texts: int = 0
@@ -339,6 +340,7 @@ class Position:
     batches: int = 0
     ahead: int = 0
     window_sha256: str = ""
+    batch_size: int = 0
 
 
 @dataclass(frozen=True)

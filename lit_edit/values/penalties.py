@@ -104,12 +104,15 @@ class OEdit(Penalty):
         by_layer: dict[str, list[int]] = {}
         for slot, ground in enumerate(grounds):
             by_layer.setdefault(ground.layer, []).append(slot)
-        parts = [(slots, self._directions(grounds[slots[0]])) for slots in by_layer.values()]
+        device = grounds[0].weight.device if grounds else None
+        # Laid out before the steps of an optimisation, none of which then has to wait for a copy to a GPU.
+        parts = [
+            (torch.tensor(slots, device=device), self._directions(grounds[slots[0]])) for slots in by_layer.values()
+        ]
 
         def penalty(change: Tensor) -> Tensor:
             total = change.new_zeros(len(change))
-            for slots, directions in parts:
-                at = torch.tensor(slots, device=change.device)
+            for at, directions in parts:
                 found = [w * self._similarity(change[at], basis) for w, basis in directions]
                 total = total.index_add(0, at, torch.stack(found).sum(0)) if found else total
             return total
