@@ -334,7 +334,8 @@ def test_a_resumed_run_goes_on_with_complete_passes_where_others_were_found_not_
     assert saved[CHECKPOINT_KEY]["cuttable"] is True
     saved[CHECKPOINT_KEY]["cuttable"] = False
     torch.save(saved, path)
-    trainer(tmp_path).fit(modules[1], datamodule=data(tmp_path, 3), ckpt_path=path, weights_only=True)
+    keeping = EditCheckpoint(str(tmp_path / "there"))
+    trainer(tmp_path, keeping).fit(modules[1], datamodule=data(tmp_path, 3), ckpt_path=path, weights_only=True)
     assert modules[1].session is not None
     assert not modules[1].session.workspace.cuts.cuttable
 
