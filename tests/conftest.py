@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from transformers import PreTrainedTokenizerFast
 def shared_data() -> Path:
     """The folder of real data files: `LIT_EDIT_DATA`, or `../shared/data` beside the repository."""
     return Path(os.environ.get("LIT_EDIT_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """Shells start background jobs with Ctrl-C ignored; those of the tests that press it mean a terminal."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=FAMILIES)

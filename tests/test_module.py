@@ -218,6 +218,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make: Make, tmp_path: Path, m
     assert {"reliability", "generalization", "locality", "stability/mean_relative_drift"} <= set(records[-1])
 
 
+@pytest.mark.parametrize("method", ["mose", "memit"])
+@pytest.mark.filterwarnings("ignore:Edit . rounding to bfloat16 took:UserWarning")
+def test_a_run_in_half_precision_goes_on_with_what_rounding_took(make: Make, tmp_path: Path, method: str) -> None:
+    straight, first, resumed = (make(method, dtype="bfloat16") for _ in range(3))
+    for name in ("straight", "resumed"):
+        (tmp_path / name).mkdir()
+    expected = run(straight, tmp_path / "straight")
+    run(first, tmp_path / "resumed", PowerCut(4))
+    checkpoint = tmp_path / "resumed" / "log" / "checkpoints" / "edits.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)[CHECKPOINT_KEY]["editor"]
+    assert any(name.startswith("remainder.") for name in saved)
+    assert run(resumed, tmp_path / "resumed", ckpt_path=checkpoint) == expected
+    assert_same_weights(resumed.model, straight.model)
+    state = straight.editor.state_dict()
+    torch.testing.assert_close(resumed.editor.state_dict(), state, rtol=0, atol=0)
+    assert {name for name in state if name.startswith("remainder.")}
+
+
 def test_a_checkpoint_between_the_halves_loses_no_edit(make: Make, tmp_path: Path) -> None:
     straight, saving, resumed = make(), make(), make()
     trainer(tmp_path).fit(straight, datamodule=data(tmp_path, 4))

@@ -327,21 +327,10 @@ def test_a_collection_goes_on_in_batches_of_another_size(
     assert again.headers["layer 1"] == whole.headers["layer 1"]
 
 
-def test_a_window_that_is_gone_is_missed(asked: Asked, loaded: tuple[Any, Any]) -> None:
-    handle = interrupted(loaded, at=3, times=1)
-    with pytest.raises(KeyboardInterrupt):
-        asked(texts=Stream("stream", "same")).get(batch_size=4)
-    handle.remove()
-
-    class Nothing(Stream):
-        def __iter__(self) -> Iterator[str]:
-            return iter(())
-
-    with pytest.raises(StatisticsError, match=r"goes on with other texts than .* delete .*partial-key_covariance-"):
-        asked(texts=Nothing("stream", "same")).get(batch_size=4)
-
-
-def test_a_window_of_which_a_part_was_counted_must_be_the_same(asked: Asked, loaded: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("now", [TEXTS[1:], []], ids=["others", "none"])
+def test_a_window_of_which_a_part_was_counted_must_be_the_same(
+    asked: Asked, loaded: tuple[Any, Any], now: list[str]
+) -> None:
     handle = interrupted(loaded, at=3, times=1)
     with pytest.raises(KeyboardInterrupt):
         asked(texts=Stream("stream", "same")).get(batch_size=4)
@@ -349,7 +338,7 @@ def test_a_window_of_which_a_part_was_counted_must_be_the_same(asked: Asked, loa
 
     class Other(Stream):
         def __iter__(self) -> Iterator[str]:
-            return iter(TEXTS[1:])
+            return iter(now)
 
     with pytest.raises(
         StatisticsError, match=r"goes on with other texts than those .* delete .*partial-key_covariance-"
