@@ -17,6 +17,7 @@ from lit_edit.journal import Journal
 from lit_edit.loading import EMBEDDED
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
+from lit_edit.trust import check_classes
 
 
 def load_editor(method: str | Path) -> Editor:
@@ -31,6 +32,7 @@ def load_editor(method: str | Path) -> Editor:
     section = read_config(str(method)).get("model", {}).get("editor")
     if section is None:
         raise ValueError(f"The configuration {str(method)!r} has no `model.editor`.")
+    check_classes(section, (), str(method))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--editor", type=Editor)
     return parser.instantiate(parser.parse_object({"editor": section})).editor

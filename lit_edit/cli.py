@@ -6,9 +6,10 @@ and ``ask`` are `lit_edit.commands`, for what a run has made.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
-import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,15 +40,19 @@ from lit_edit.commands import ask, dry_run, export, statistics
 from lit_edit.configuration import find_config, read_config
 from lit_edit.datamodules import EditDataModule, FactsDataModule
 from lit_edit.editors import Editor, LocateThenEdit
+from lit_edit.files import check_checkpoint
 from lit_edit.layers import FixedLayers
+from lit_edit.loading import EMBEDDED
 from lit_edit.messages import one_line, readable
 from lit_edit.module import LitEdit
 from lit_edit.prompts import check_requests
 from lit_edit.results import ResultsLogger
 from lit_edit.review import review, review_line
+from lit_edit.trust import check_classes, enforce, refusal
 from lit_edit.values import Plain
 
 TRACEBACK = "LIT_EDIT_TRACEBACK"
+TRUST = "--trust"
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ _COMMANDS = {
 }
 
 
-def _resolve(args: Sequence[str]) -> tuple[list[str], str | None]:
+def _resolve(args: Sequence[str], trusted: Sequence[str]) -> tuple[list[str], str | None]:
     """The arguments with every ``--config`` resolved, and the first one's name without its ending.
 
     Within a command configurations come first, in their order: an option before one would lose to it otherwise, and
@@ -81,7 +86,11 @@ def _resolve(args: Sequence[str]) -> tuple[list[str], str | None]:
     stem: str | None = None
 
     def resolve(name: str) -> str:
-        read_config(name)  # jsonargparse would not say which file is broken
+        # jsonargparse would not say which file is broken, and would import a class to see what it is.
+        content = read_config(name)
+        if content.get("trust"):
+            raise ValueError(f"{name} sets `trust`, which only the command line can: {TRUST}={content['trust']}.")
+        check_classes(content, trusted, name)
         return find_config(name)
 
     takes_value = False
@@ -105,6 +114,31 @@ def _resolve(args: Sequence[str]) -> tuple[list[str], str | None]:
     return [*out[:command], *first, *out[command or len(out) :]], stem
 
 
+def _take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names given with ``--trust``, and the other arguments. Consent never comes from a file."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument(TRUST, default="")
+    found, others = known.parse_known_args(list(args))
+    return [name.strip() for name in found.trust.split(",") if name.strip()], others
+
+
+class _NamedModel(LitEdit):
+    """`LitEdit` as a configuration describes it: the model by its name."""
+
+    def __init__(self, editor: Editor, model: str = EMBEDDED, **settings: Any) -> None:
+        super().__init__(editor, model, **settings)
+
+
+class _Parser(LightningArgumentParser):
+    """Leaves out what only Python can give: a slot without a type would take any class."""
+
+    def add_class_arguments(self, theclass: Any, nested_key: Any = None, **settings: Any) -> list[str]:
+        if isinstance(theclass, type) and issubclass(theclass, LitEdit):
+            settings["skip"] = {"tokenizer"}
+        added: list[str] = super().add_class_arguments(theclass, nested_key, **settings)
+        return added
+
+
 class EditCLI(LightningCLI):
     """``fit`` for `LitEdit` and the data modules of editing, with the watching callbacks as options of their own.
 
@@ -116,9 +150,11 @@ class EditCLI(LightningCLI):
         _quiet()
         self.console = Console(highlight=False)
         given = list(sys.argv[1:] if args is None else args)
-        resolved, self.run_name = _resolve(given)
+        self.trusted, given = _take_trust(given)
+        enforce(self.trusted)
+        resolved, self.run_name = _resolve(given, self.trusted)
         super().__init__(
-            LitEdit,
+            _NamedModel,
             EditDataModule,
             subclass_mode_data=True,
             save_config_callback=SaveConfigCallback,
@@ -131,6 +167,7 @@ class EditCLI(LightningCLI):
                 "enable_checkpointing": False,
                 "log_every_n_steps": 1,
             },
+            parser_class=_Parser,
             parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
             args=resolved,
         )
@@ -154,13 +191,18 @@ class EditCLI(LightningCLI):
         if self.config.subcommand in _COMMANDS:
             name = self.config.subcommand
             raise ValueError(f"`{name}` comes first: {_COMMANDS[name].example}.")
+        chosen = self.config.get(self.config.subcommand)
+        if chosen is not None:
+            check_classes(chosen.as_dict(), self.trusted, "The command line")
 
     def _parse_ckpt_path(self) -> None:
-        try:
-            super()._parse_ckpt_path()
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            path = self.config[self.config.subcommand].ckpt_path
-            raise ValueError(f"ckpt_path: {path} is not a checkpoint that can be read.") from error
+        """Leaves the configuration as the user gave it.
+
+        Lightning would merge a checkpoint's ``hyper_parameters`` into it, and so create whatever classes they name.
+        """
+        path = (self.config.get(self.config.subcommand) or {}).get("ckpt_path")
+        if path and Path(path).is_file():
+            check_checkpoint(path)  # before the model is loaded
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -173,6 +215,12 @@ class EditCLI(LightningCLI):
             "--dry_run",
             action="store_true",
             help="say what the facts are to the model, and what memory and time the run needs; edit and write nothing",
+        )
+        parser.add_argument(
+            TRUST,
+            default="",
+            help="packages whose classes the configuration may create beside those of lit_edit, lightning and torch, "
+            "separated by commas",
         )
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(MatrixStability, "stability")
@@ -406,7 +454,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ArgumentError, ValueError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"error: {readable(str(error))}{_hint(error)}", file=sys.stderr)
+        denied = re.search(r"Importing '([^']+)' is not allowed", str(error))  # by jsonargparse, before it is imported
+        said = refusal(denied[1], "The command line") if denied else readable(str(error))
+        print(f"error: {said}{_hint(error)}", file=sys.stderr)
         return 2
     return 0
 

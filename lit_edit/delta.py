@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lit_edit.files import load_tensors, save_tensors
 from lit_edit.linalg import thin_svd
 from lit_edit.statistics import model_fingerprint
 
@@ -97,17 +95,15 @@ def save_delta(
         left, right, error = factors
         tensors[_LEFT + name], tensors[_RIGHT + name] = left, right
         worst = max(worst, error)
+    broken = [name for name in names if not torch.isfinite(present[name]).all()]
+    if broken:
+        raise ValueError(f"The edited weight {broken[0]!r} is not finite: there is nothing to export.")
     exact = not any(name.startswith(_LEFT) for name in tensors)
     edited = model_fingerprint(model) if exact and names else None
     if edited == original:  # a fingerprint that cannot tell the two models apart says nothing about either
         edited = None
     header = DeltaHeader(original, edited, tuple(names), worst, method, edits)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        save_file(tensors, draft, metadata={_METADATA_KEY: json.dumps(asdict(header), sort_keys=True)})
-        os.replace(draft, path)
+    save_tensors(path, tensors, {_METADATA_KEY: json.dumps(asdict(header), sort_keys=True)})
     return header
 
 
@@ -129,10 +125,9 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> DeltaHeader:
     if not path.is_file():
         raise DeltaError(f"There is no delta at {path}.")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = _header((file.metadata() or {}).get(_METADATA_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        tensors, metadata = load_tensors(path)
+        header = _header(metadata.get(_METADATA_KEY, "null"))
+    except (ValueError, RecursionError) as error:
         raise DeltaError(f"The delta at {path} cannot be read: {error}") from error
     found = model_fingerprint(model)
     if header.edited is not None and found == header.edited:
@@ -144,18 +139,49 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> DeltaHeader:
             "it was edited in."
         )
     parameters = dict(model.named_parameters())
-    new = {}
-    for name in header.parameters:
-        if name in tensors:
-            new[name] = tensors[name]
-        elif _LEFT + name in tensors and _RIGHT + name in tensors:
-            before = parameters[name].detach().cpu()
-            new[name] = _applied(before, tensors[_LEFT + name], tensors[_RIGHT + name])
-        else:
-            raise DeltaError(f"The delta at {path} lacks the weight {name!r} that its header names.")
+    new: dict[str, Tensor] = {}
+    for name in header.parameters:  # all is checked before anything is written
+        if name not in parameters:
+            raise DeltaError(f"The delta at {path} changes a weight {name!r} that the model lacks.")
+        before = parameters[name].detach()
+        new[name] = _changed(path, name, before, tensors)
+        if new[name].shape != before.shape or new[name].dtype != before.dtype:
+            raise DeltaError(
+                f"The delta at {path} has {name!r} as {new[name].dtype} of shape {tuple(new[name].shape)}; the model's "
+                f"is {before.dtype} of shape {tuple(before.shape)}."
+            )
+        if not torch.isfinite(new[name]).all():
+            raise DeltaError(f"The delta at {path} makes {name!r} hold values that are not finite.")
     for name, weight in new.items():
         parameters[name].detach().copy_(weight)
     return header
+
+
+def _changed(path: Path, name: str, before: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A weight after the edits: stored whole, or as the two factors of its change."""
+    if name in tensors:
+        return tensors[name]
+    left, right = tensors.get(_LEFT + name), tensors.get(_RIGHT + name)
+    if left is None or right is None:
+        raise DeltaError(f"The delta at {path} lacks the weight {name!r} that its header names.")
+    if left.ndim != 2 or right.ndim != 2 or (len(left), right.shape[1], left.shape[1]) != (*before.shape, len(right)):
+        raise DeltaError(
+            f"The delta at {path} changes {name!r} by factors of shapes {tuple(left.shape)} and {tuple(right.shape)}, "
+            f"which do not make up its shape {tuple(before.shape)}."
+        )
+    return _applied(before.cpu(), left, right)
+
+
+# The types of a header's fields as JSON gives them.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "original": (str,),
+    "edited": (str, type(None)),
+    "parameters": (list,),
+    "error": (float, int),
+    "method": (str,),
+    "edits": (int,),
+    "format_version": (int,),
+}
 
 
 def _header(text: str) -> DeltaHeader:
@@ -163,6 +189,11 @@ def _header(text: str) -> DeltaHeader:
     names = {field.name for field in fields(DeltaHeader)}
     if not isinstance(values, dict) or set(values) != names:
         raise ValueError(f"its header has not exactly the fields {', '.join(sorted(names))}.")
+    for name, types in _TYPES.items():
+        if not isinstance(values[name], types):
+            raise ValueError(f"its header says {name} is {str(values[name])[:80]!r}.")
+    if not all(isinstance(name, str) for name in values["parameters"]):
+        raise ValueError("its header names weights by something else than strings.")
     if values["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"its format is version {values['format_version']}, this program reads {FORMAT_VERSION}. Make "

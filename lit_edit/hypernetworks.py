@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_edit.architectures import Architecture
+from lit_edit.files import load_tensors, save_tensors
 from lit_edit.loading import EMBEDDED, embedded_path
 from lit_edit.prompts import Batch
 from lit_edit.statistics import model_fingerprint
@@ -196,8 +195,7 @@ class HyperNetwork(nn.Module):
             for name, tensor in self.state_dict().items()
         }
         target = Path(folder) / FILE_NAME
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, target, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
+        save_tensors(target, tensors, {_METADATA_KEY: json.dumps(header, sort_keys=True)})
         return target
 
     @classmethod
@@ -215,17 +213,16 @@ class HyperNetwork(nn.Module):
         if not path.is_file():
             raise HyperNetworkError(f"There is no hyper-network at {path}. {_TRAIN}")
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_METADATA_KEY])
-                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a mapping
-            if header["format_version"] != FORMAT_VERSION:
-                raise HyperNetworkError(
-                    f"{path} is of format {header['format_version']}, this version reads {FORMAT_VERSION}. {_TRAIN}"
-                )
+            found, metadata = load_tensors(path)
+            header = json.loads(metadata[_METADATA_KEY])
+            tensors = {name: tensor.float() for name, tensor in found.items()}
+            version = header["format_version"]
+            if version != FORMAT_VERSION:
+                raise ValueError(f"its format is version {version!r}, this version reads {FORMAT_VERSION}")
             shapes = {int(layer): (d, p) for layer, (d, p) in header["shapes"].items()}
             network = cls(shapes, header["rank"], header["hidden"])
             network.load_state_dict(tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
             first = " ".join(str(error).split())
             raise HyperNetworkError(f"{path} does not hold a hyper-network ({first}). {_TRAIN}") from error
         return network.requires_grad_(False).eval(), header

@@ -133,10 +133,17 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, max_shard_size: s
         max_shard_size: weights are split into files of at most this size (``5GB``, ``200MB``).
 
     Raises:
-        LoadingError: if the size cannot be read or the folder cannot be written.
+        LoadingError: if a weight is not finite, the size cannot be read or the folder cannot be written.
     """
     if not re.fullmatch(r"[1-9]\d*([KMGT]i?B)", max_shard_size, re.IGNORECASE):
         raise LoadingError(f"max_shard_size {max_shard_size!r} is no size: 5GB and 200MB are.")
+    broken = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    if broken is not None:
+        raise LoadingError(
+            f"The weight {broken!r} holds values that are not finite: the model is not written. Go back to a checkpoint"
+            " "
+            "from before the edits that broke it."
+        )
     try:
         with transformers_bars(on_terminal()):
             model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.architectures import Family
+from lit_edit.checkpoint import VerifiedCheckpointIO
 from lit_edit.corpora import load_corpus
 from lit_edit.delta import DeltaHeader, save_delta
 from lit_edit.editors import Editor, Plan
@@ -137,7 +138,10 @@ class LitEdit(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Prepares contexts and statistics on the unedited model and checks every request."""
-        if stage != "fit" or self.session is not None:
+        if stage != "fit":
+            return
+        VerifiedCheckpointIO.install(self.trainer)
+        if self.session is not None:
             return
         device = self.trainer.strategy.root_device
         self.model.to(device)

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich import box
 from rich.table import Table
 from typing_extensions import override
+
+from lit_edit.files import write_json
 
 FILE_NAME = "results.json"
 
@@ -241,33 +241,7 @@ class ResultsLogger(Logger):
         self._last_step = step
 
     def _write(self) -> None:
-        write_json_atomically(self.path, {"run": self.run, "records": self.records})
-
-
-def write_json_atomically(path: str | Path, content: Any) -> None:
-    """Write strict JSON so that a reader, or a crash, never sees half a file.
-
-    Args:
-        path: the file; its directory is made if missing.
-        content: plain values, without NaN or infinities.
-
-    Raises:
-        ValueError: if ``content`` holds a number that JSON has no word for.
-    """
-    path = Path(path)
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, because a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes files that only their owner can read; results are for sharing, as the umask allows.
-        Path(temporary).chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        write_json(self.path, {"run": self.run, "records": self.records})
 
 
 def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -337,13 +311,6 @@ def _plain(value: Any) -> Any:
 
 def _without_edits(record: Mapping[str, Any]) -> Record:
     return {key: value for key, value in record.items() if key != "edits"}
-
-
-def _umask() -> int:
-    # The mask can only be read by setting it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _versions() -> dict[str, str]:

@@ -168,7 +168,7 @@ def test_a_run_without_an_edit_leaves_nothing_behind(arguments: Command, tmp_pat
     assert main(command) == 2
     assert not (tmp_path / "new").exists()
     write_facts(tmp_path, 2)
-    cut = ["--trainer.callbacks", "run_examples.PowerCut", "--trainer.callbacks.batch"]
+    cut = ["--trust=run_examples", "--trainer.callbacks", "run_examples.PowerCut", "--trainer.callbacks.batch"]
     with pytest.raises(RuntimeError, match="power cut"):
         main([*command, *cut, "0"])  # the unedited model's answers are on file by then
     assert not (tmp_path / "new").exists()
@@ -309,7 +309,13 @@ def test_a_resumed_run_goes_on_in_its_folder(arguments: Command, tmp_path: Path)
         return [*arguments(n=4), *every, "--trainer.default_root_dir", str(tmp_path / root)]
 
     assert main(cut("straight")) == 0
-    power_cut = ["--trainer.callbacks", "run_examples.PowerCut", "--trainer.callbacks.batch", "3"]
+    power_cut = [
+        "--trust=run_examples",
+        "--trainer.callbacks",
+        "run_examples.PowerCut",
+        "--trainer.callbacks.batch",
+        "3",
+    ]
     with pytest.raises(RuntimeError, match="power cut"):
         main([*cut("cut"), *power_cut])
     run = tmp_path / "cut" / "memit" / "version_0"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from run_examples import assert_same_weights
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lit_edit.architectures import Architecture
 from lit_edit.delta import DeltaError, load_delta, save_delta
+from lit_edit.files import save_tensors
 from lit_edit.statistics import model_fingerprint
 
 
@@ -134,7 +135,7 @@ def test_files_that_are_no_deltas_are_refused(tiny, tmp_path: Path) -> None:
     with pytest.raises(DeltaError, match="cannot be read"):
         load_delta(tiny[0], text)
     foreign = tmp_path / "foreign.safetensors"
-    save_file({"a": torch.zeros(2)}, foreign)
+    save_tensors(foreign, {"a": torch.zeros(2)}, {})
     with pytest.raises(DeltaError, match="has not exactly the fields"):
         load_delta(tiny[0], foreign)
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lit_edit import EditRequest, LitEdit, load_delta, load_model
 from lit_edit.cli import EditCLI, main
 from lit_edit.commands.ask import answer, facts_table, prompts_table
+from lit_edit.files import save_checkpoint
 from lit_edit.prompts import Prompter
 
 Said = pytest.CaptureFixture[str]
@@ -147,7 +148,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(made: Made, tmp_path: Path,
     assert "is not a checkpoint that can be read" in refused(
         capsys, "--run", made.run, "--out", out, "--ckpt_path", broken
     )
-    torch.save({"state_dict": {}}, broken)
+    save_checkpoint(broken, {"state_dict": {}})
     assert "not made by a run of edits" in refused(capsys, "--run", made.run, "--out", out, "--ckpt_path", broken)
     assert not out.exists()
 
@@ -239,6 +240,6 @@ def test_a_run_is_not_resumed_on_other_weights(fit: Callable[..., LitEdit], tmp_
     fit(2, EditCheckpoint(str(tmp_path / "kept")))
     content = torch.load(tmp_path / "kept" / "edits.ckpt", weights_only=True)
     content["lit_edit"]["original"] = "0" * 64
-    torch.save(content, tmp_path / "kept" / "other.ckpt")
+    save_checkpoint(tmp_path / "kept" / "other.ckpt", content)
     with pytest.raises(ValueError, match="with the same layers and other weights"):
         fit(3, resume=tmp_path / "kept" / "other.ckpt")

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_edit import LitEdit, edit, load_model
 from lit_edit.editors import Editor, FineTune, LocateThenEdit
+from lit_edit.files import save_checkpoint
 from lit_edit.layers import FixedLayers
 from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.requests import EditRequest, RequestError
@@ -351,7 +352,7 @@ def test_a_resumed_run_goes_on_with_complete_passes_where_others_were_found_not_
     saved = torch.load(path, weights_only=True)
     assert saved[CHECKPOINT_KEY]["cuttable"] is True
     saved[CHECKPOINT_KEY]["cuttable"] = False
-    torch.save(saved, path)
+    save_checkpoint(path, saved)
     keeping = EditCheckpoint(str(tmp_path / "there"))
     trainer(tmp_path, keeping).fit(modules[1], datamodule=data(tmp_path, 3), ckpt_path=path, weights_only=True)
     assert modules[1].session is not None
@@ -386,7 +387,7 @@ def test_a_foreign_checkpoint_is_refused(make: Make, tmp_path: Path) -> None:
     trainer(tmp_path, EditCheckpoint(str(tmp_path))).fit(make(), datamodule=data(tmp_path, 1))
     content = torch.load(tmp_path / "edits.ckpt", weights_only=True)
     del content[CHECKPOINT_KEY]
-    torch.save(content, tmp_path / "foreign.ckpt")
+    save_checkpoint(tmp_path / "foreign.ckpt", content)
     with pytest.raises(ValueError, match="not made by LitEdit"):
         trainer(tmp_path).fit(
             make(), datamodule=data(tmp_path, 1), ckpt_path=tmp_path / "foreign.ckpt", weights_only=True

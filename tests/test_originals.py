@@ -19,6 +19,7 @@ from lit_edit import LitEdit, load_model
 from lit_edit.delta import load_delta
 from lit_edit.editors import Editor, FineTune, LocateThenEdit
 from lit_edit.editors.writing import all_or_nothing
+from lit_edit.files import save_checkpoint
 from lit_edit.layers import FixedLayers
 from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.originals import Originals
@@ -261,7 +262,7 @@ def older(path: Path, module: LitEdit) -> Path:
         name: module.original_parameter(name).clone()  # type: ignore[union-attr]
         for name in module.edited_parameters()
     }
-    torch.save(saved, path.parent / "older.ckpt")
+    save_checkpoint(path.parent / "older.ckpt", saved)
     return path.parent / "older.ckpt"
 
 
@@ -290,7 +291,7 @@ def test_a_checkpoint_of_other_editable_layers_is_refused_although_it_lacks_them
     if len(layers) == 5:  # the same layers, and a weight that none of them has
         saved = torch.load(path, weights_only=True)
         saved["state_dict"]["model.lm_head.weight"] = torch.ones(2, 2)
-        torch.save(saved, path)
+        save_checkpoint(path, saved)
     other = module_of(FineTune(sorted(set(layers)), steps=1), tiny_folder, tmp_path)
     with pytest.raises(ValueError, match=r"holds the weights model\.(lm_head|transformer).*resume with the model and"):
         fit(other, tmp_path, ckpt_path=path)

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from lit_edit.results import ResultsError, ResultsLogger, read_results, results_table, write_json_atomically
+from lit_edit.results import ResultsError, ResultsLogger, read_results, results_table
 
 
 def logged(directory: Path, *evaluations: tuple[int, dict[str, float]]) -> ResultsLogger:
@@ -193,29 +193,6 @@ def test_bad_files_are_named(tmp_path, content, message):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_results(tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_json_atomically(path, {"a": 1})
-
-    def full_disk(*args: object) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        write_json_atomically(path, {"a": 2})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json_atomically(path, {"a": math.nan})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["results.json"]
-
-
-def test_others_may_read_the_file_as_far_as_the_umask_allows(tmp_path):
-    plain = tmp_path / "plain"
-    plain.write_text("")
-    write_json_atomically(tmp_path / "results.json", {})
-    assert (tmp_path / "results.json").stat().st_mode == plain.stat().st_mode
 
 
 class TestTable:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lit_edit.files import save_tensors
 from lit_edit.statistics import (
     KeyCovariance,
     StatisticsError,
@@ -412,7 +412,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         Path(file).write_bytes(b"half a")
         raise OSError("no space left")
 
-    monkeypatch.setattr("lit_edit.statistics.files.save_file", broken)
+    monkeypatch.setattr("lit_edit.files.save_file", broken)
     with pytest.raises(OSError, match="no space left"):
         save_covariances(path, MATRICES, HEADER)
     assert path.read_bytes() == before
@@ -431,7 +431,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         ({"n_tokens": 1}, "n_tokens: found 900, expected 1"),
         ({"sequence_length": 1}, "sequence_length: found 256, expected 1"),
         ({"dtype": "float32"}, "dtype: found 'float64', expected 'float32'"),
-        ({"format_version": 2}, "format_version: found 3, expected 2"),
+        ({"format_version": 2}, "format_version: found 4, expected 2"),
         ({"texts_sha256": "x"}, f"texts_sha256: found '{'u' * 64}', expected 'x'"),
         ({"kind": "gradient"}, "kind: found 'key_covariance', expected 'gradient'"),
     ],
@@ -452,8 +452,8 @@ def test_damaged_files_say_so_and_what_to_do(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(StatisticsError, match=r"c cannot be read: .* Delete the file to have it computed again\."):
             load_covariances(path, HEADER)
-    for metadata in (None, {"statistics": "{}"}, {"statistics": "not json"}, {"other": "x"}):
-        save_file(MATRICES, path, metadata=metadata)
+    for metadata in ({}, {"statistics": "{}"}, {"statistics": "not json"}, {"other": "x"}):
+        save_tensors(path, MATRICES, metadata)
         with pytest.raises(StatisticsError, match=r"cannot be read: .* Delete the file"):
             load_covariances(path, HEADER)
 
@@ -468,7 +468,7 @@ def test_damaged_files_say_so_and_what_to_do(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_contents_are_named(tmp_path: Path, tensors, message: str) -> None:
-    save_file(tensors, tmp_path / "c", metadata={"statistics": HEADER.to_json()})
+    save_tensors(tmp_path / "c", tensors, {"statistics": HEADER.to_json()})
     with pytest.raises(StatisticsError, match=message):
         load_covariances(tmp_path / "c", HEADER)
 

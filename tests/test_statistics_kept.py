@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 from editing_references import hooks_left, projection_of
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tiny_models import tiny_model
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
+from lit_edit.files import load_tensors, read_metadata, save_tensors
 from lit_edit.statistics import (
     GRADIENTS,
     KEY_COVARIANCES,
@@ -278,8 +277,7 @@ def test_ctrl_c_takes_effect_between_batches(kind: Kind, asked: Asked, loaded: t
     assert signal.getsignal(signal.SIGINT) == handler
     assert hooks_left(loaded[0]) == 0
     statistics = asked(kind)
-    with safe_open(statistics.partial().path, "pt") as file:
-        position = json.loads(file.metadata()["position"])
+    position = json.loads(read_metadata(statistics.partial().path)["position"])
     lengths = [len(ids) for text in TEXTS for ids in sequences_of(loaded[1], text, 16)]
     windows = [lengths[i : i + 4 * window] for i in range(0, len(lengths), 4 * window)]
     taken = [n for one in windows for n in sorted(one, reverse=True)][:12]
@@ -354,8 +352,7 @@ def test_a_second_ctrl_c_takes_effect_at_once_and_keeps_what_was_saved(asked: As
         asked().get(batch_size=4, save_every=1)
     handle.remove()
     statistics = asked()
-    with safe_open(statistics.partial().path, "pt") as file:
-        position = json.loads(file.metadata()["position"])
+    position = json.loads(read_metadata(statistics.partial().path)["position"])
     assert position["texts_sha256"] == corpus_sha256(TEXTS[: position["texts"]])
     assert position["texts"] < 12  # two batches, not half of a third
     torch.testing.assert_close(statistics.get(batch_size=4), whole, rtol=0, atol=0)
@@ -415,10 +412,9 @@ def test_a_stream_that_is_not_the_same_any_more_is_refused(asked: Asked, window:
 @pytest.mark.parametrize("window", [1], indirect=True)
 def test_a_damaged_partial_file_is_an_error(asked: Asked, window: int) -> None:
     path = cut(asked)
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, metadata = load_tensors(path)
     for change in ({"position": "{}x"}, {"position": '{"text": 3}'}, {"statistics": "{}"}):
-        save_file(tensors, path, metadata={**metadata, **change})
+        save_tensors(path, tensors, {**metadata, **change})
         with pytest.raises(StatisticsError, match=r"cannot be read: .* Delete the file"):
             asked(texts=Stream("stream", "same")).get()
     path.write_bytes(path.read_bytes()[:-8])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_edit import files
 from lit_edit.configuration import read_config
 from lit_edit.datamodules.base import OnBadRecord
 from lit_edit.loading import EMBEDDED, load_model
@@ -123,11 +123,8 @@ class EditedRun:
         return Applied(fingerprint, originals.copies, len(state.get("journal", ())))
 
     def _read(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        try:
-            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # no pickled code is ever run
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{self.checkpoint} is not a checkpoint that can be read.") from error
-        if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+        content = files.load_checkpoint(self.checkpoint)
+        if CHECKPOINT_KEY not in content:
             raise ValueError(f"{self.checkpoint} was not made by a run of edits: it holds no record of them.")
         weights = {name.removeprefix(_PREFIX): weight for name, weight in content["state_dict"].items()}
         return weights, content[CHECKPOINT_KEY]

@@ -16,7 +16,7 @@ from lit_edit.comparison.processes import run_all, threads_per_run
 from lit_edit.comparison.runs import State, plan
 from lit_edit.comparison.tables import Comparison, measured
 from lit_edit.configuration import config_folder
-from lit_edit.results import write_json_atomically
+from lit_edit.files import write_json
 
 SUMMARY = "Run several methods over the same edits; one table and one figure."
 
@@ -128,7 +128,7 @@ def main(args: Sequence[str] | None = None) -> int:
     figure = (given.figure or out / "figure.png").expanduser()
     (out / "table.md").write_text(comparison.markdown(), encoding="utf-8")
     (out / "table.csv").write_text(comparison.tidy(), encoding="utf-8")
-    write_json_atomically(out / "table.json", comparison.plain())
+    write_json(out / "table.json", comparison.plain())
     draw(comparison, figure)
     print(comparison.markdown())
     print(f"table: {out / 'table.md'}   figure: {figure}")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.configuration import config_folder, find_config, read_config
-from lit_edit.results import ResultsError, read_results, write_json_atomically
+from lit_edit.files import write_json
+from lit_edit.results import ResultsError, read_results
 
 ASKED = "asked.json"
 LOG = "log.txt"
@@ -133,7 +134,7 @@ class Run:
 
     def prepare(self) -> None:
         """Makes the folder and notes what is asked for."""
-        write_json_atomically(self.folder / ASKED, self.asked)
+        write_json(self.folder / ASKED, self.asked)
 
     def clear(self) -> None:
         """Removes what an earlier run left, if it was one of a comparison."""

@@ -6,21 +6,20 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from lit_edit.files import load_tensors, read_metadata, save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 COMMAND = "python train.py statistics"
 _SAMPLE = 65_536
 _METADATA_KEY = "statistics"
@@ -214,17 +213,7 @@ def save(path: Path, found: Mapping[str, Tensor], header: StatisticsHeader, kind
         raise StatisticsError(f"The header of {path} does not say how many tokens were counted (n_tokens).")
     tensors = {name: matrix.detach().to("cpu", torch.float64).contiguous() for name, matrix in found.items()}
     _check_matrices(path, tensors, kind)
-    _write(path, tensors, {_METADATA_KEY: header.to_json()})
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a file can be replaced in one step only within a file system.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        save_file(tensors, draft, metadata=metadata)
-        os.replace(draft, path)
+    save_tensors(path, tensors, {_METADATA_KEY: header.to_json()})
 
 
 def load_covariances(path: str | os.PathLike[str], expected_header: StatisticsHeader) -> dict[str, Tensor]:
@@ -269,20 +258,17 @@ def read(path: Path, expected_header: StatisticsHeader, kind: Kind) -> tuple[dic
 def read_header(path: Path) -> StatisticsHeader | None:
     """The header of a file alone; ``None`` where there is none that can be read."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return StatisticsHeader.from_json((file.metadata() or {}).get(_METADATA_KEY, "null"))
-    except (SafetensorError, OSError, ValueError, TypeError):
+        return StatisticsHeader.from_json(read_metadata(path).get(_METADATA_KEY, "null"))
+    except (ValueError, TypeError, RecursionError):
         return None
 
 
 def _open(path: Path) -> tuple[StatisticsHeader, dict[str, Tensor], dict[str, str]]:
     """Header, tensors and all the metadata of a file that is there."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            header = StatisticsHeader.from_json(metadata.get(_METADATA_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        tensors, metadata = load_tensors(path)
+        header = StatisticsHeader.from_json(metadata.get(_METADATA_KEY, "null"))
+    except (ValueError, TypeError, RecursionError) as error:
         raise StatisticsError(f"The statistics at {path} cannot be read: {error} {_REMEDY}") from error
     return header, tensors, metadata
 
@@ -314,6 +300,23 @@ def _check_matrices(path: Path, tensors: Mapping[str, Tensor], kind: Kind) -> No
             )
         if not torch.isfinite(matrix.sum()):
             raise StatisticsError(f"{path}: the {kind.singular} of layer {name!r} holds values that are not finite.")
+        if kind.square and not _could_be_gram(matrix):
+            raise StatisticsError(
+                f"{path}: the {kind.singular} of layer {name!r} is no sum of keys kkᵀ: it is not symmetric, or has a "
+                f"negative direction. {_REMEDY}"
+            )
+
+
+def _could_be_gram(matrix: Tensor) -> bool:
+    """Whether a matrix is symmetric and no two of its coordinates show a negative direction (``c_ij² ≤ c_ii c_jj``).
+
+    A factorisation would find every negative direction, in minutes for the largest models; solvers make one anyway.
+    """
+    diagonal = matrix.diagonal()
+    if not torch.equal(matrix, matrix.T) or bool((diagonal < 0).any()):
+        return False
+    root = diagonal.sqrt()
+    return all(bool((row.abs() <= 1.000001 * r * root).all()) for row, r in zip(matrix, root, strict=True))
 
 
 @dataclass(frozen=True)
@@ -373,7 +376,7 @@ class Partial:
         _check_matrices(self.path, tensors, self.kind)
         header = replace(self.header, n_tokens=position.tokens, texts_sha256=position.texts_sha256)
         metadata = {_METADATA_KEY: header.to_json(), _POSITION_KEY: json.dumps(asdict(position), sort_keys=True)}
-        _write(self.path, tensors, metadata)
+        save_tensors(self.path, tensors, metadata)
 
     def load(self) -> tuple[dict[str, Tensor], Position] | None:
         """What :meth:`save` wrote, on the CPU; ``None`` if there is no file.

@@ -1,0 +1,47 @@
+"""How Lightning's checkpoints of an editing run get to the disk and back: whole, verified, plain types only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from typing_extensions import override
+
+from lit_edit import files
+
+
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their target and reads them back before they replace it; refuses damaged ones.
+
+    Lightning's own writes to the system's temporary folder and moves the file, which is no single step where that is
+    another file system: a full disk or a kill then leaves neither the old checkpoint nor the new one. Paths with a
+    protocol (``s3://``) are left to Lightning.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if _is_remote(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        files.save_checkpoint(path, checkpoint)
+
+    @override
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Raises `lit_edit.files.DamagedFileError` for what is not a whole checkpoint of an editing run."""
+        if _is_remote(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no checkpoint at {path}.")
+        return files.load_checkpoint(path, map_location)
+
+    @classmethod
+    def install(cls, trainer: L.Trainer) -> None:
+        """Replaces a trainer's way of storing checkpoints, unless the user chose one."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = cls()
+
+
+def _is_remote(path: Any) -> bool:
+    return "://" in str(path)
