@@ -36,24 +36,24 @@ from lit_edit.datamodules import CounterFactDataModule
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_edit.algebra.krylov import Preserved, procrustes_near_identity
+from lit_edit.algebra.linalg import procrustes
+from lit_edit.algebra.updates import ThinRotation
 from lit_edit.api import load_editor
-from lit_edit.corpora import load_corpus
 from lit_edit.editors import LocateThenEdit
-from lit_edit.evaluation import TOKENS_PER_BATCH, score_targets
-from lit_edit.keys import MeanKey
-from lit_edit.krylov import Preserved, procrustes_near_identity
-from lit_edit.layers import FixedLayers
-from lit_edit.linalg import procrustes
-from lit_edit.loading import EMBEDDED, load_model
-from lit_edit.prompts import Prompter, Row, sample_contexts
+from lit_edit.editors.keys import MeanKey
+from lit_edit.editors.layers import FixedLayers
+from lit_edit.editors.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem
+from lit_edit.editors.solvers.kept import KeptGram, KeptProjection
+from lit_edit.editors.values import NormClamp, NormMatched, ValueOptimizer, ValueProblem
+from lit_edit.evaluation.scores import TOKENS_PER_BATCH, score_targets
+from lit_edit.model.hooks import change_outputs, logits_only_at
+from lit_edit.model.loading import EMBEDDED, load_model
+from lit_edit.model.prompts import Prompter, Row, sample_contexts
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
-from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem
-from lit_edit.solvers.kept import KeptGram, KeptProjection
-from lit_edit.taps import change_outputs, logits_only_at
-from lit_edit.updates import ThinRotation
-from lit_edit.values import NormClamp, NormMatched, ValueOptimizer, ValueProblem
-from lit_edit.workspace import Workspace
+from lit_edit.statistics.corpora import load_corpus
 
 PUBLISHED_SAMPLE = 3  # requests that the published way is timed on; it takes them one at a time anyway
 COMPLETE_SAMPLE = 10  # requests that complete passes are timed on at most

@@ -5,9 +5,9 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lit_edit.downstream import load_tasks, run_task
-from lit_edit.loading import EMBEDDED
-from lit_edit.prompts import Prompter
+from lit_edit.evaluation.downstream import load_tasks, run_task
+from lit_edit.model.loading import EMBEDDED
+from lit_edit.model.prompts import Prompter
 
 from .every_n import EveryNEdits
 
@@ -27,7 +27,7 @@ class DownstreamEval(EveryNEdits):
         at_end: also measure after the last.
 
     Raises:
-        lit_edit.downstream.TaskFileError: if the file cannot be used.
+        lit_edit.evaluation.downstream.TaskFileError: if the file cannot be used.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lit_edit.journal import Journal
-from lit_edit.results import ResultsLogger
+from lit_edit.runs.journal import Journal
+from lit_edit.runs.results import ResultsLogger
 
 
 class Exporting(Protocol):

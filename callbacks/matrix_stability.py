@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lit_edit.linalg import singular_values
+from lit_edit.algebra.linalg import singular_values
 
 from .every_n import EveryNEdits, count_edits
 

@@ -11,17 +11,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from typing_extensions import override
 
-from lit_edit.journal import Journal
-from lit_edit.results import ResultsLogger, results_table
+from lit_edit.runs.journal import Journal
+from lit_edit.runs.results import ResultsLogger, results_table
 
 
 class ResultsTable(Callback):
-    """Prints `lit_edit.results.results_table` when the run ends, and writes duration and memory into ``results.json``.
+    """Prints `lit_edit.runs.results.results_table` when the run ends, and writes duration and memory into
+    ``results.json``.
 
-    Needs a `lit_edit.results.ResultsLogger` among the trainer's loggers; without one it warns and does nothing else.
+    Needs a `lit_edit.runs.results.ResultsLogger` among the trainer's loggers; without one it warns and does nothing
+    else.
     The ``seconds`` of a resumed run are added to those already in the file. ``peak_memory_bytes`` is what `peak_memory`
     gives. A module with a ``journal`` of edits (`LitEdit`) also leaves ``seconds_per_edit``: the mean by stage, see
-    `lit_edit.journal.Journal.seconds_by_stage`.
+    `lit_edit.runs.journal.Journal.seconds_by_stage`.
 
     Example:
         >>> callback = ResultsTable()

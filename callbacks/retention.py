@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lit_edit.evaluation import LocalityReference, evaluate
-from lit_edit.prompts import Prompter
+from lit_edit.evaluation.scores import LocalityReference, evaluate
+from lit_edit.model.prompts import Prompter
 from lit_edit.requests import EditRequest
 
 from .every_n import EveryNEdits, as_found

@@ -1,12 +1,12 @@
 """Sequential knowledge editing of language models as ordinary PyTorch Lightning."""
 
 from lit_edit.api import edit, load_editor
-from lit_edit.delta import load_delta
-from lit_edit.evaluation import LocalityReference, evaluate
-from lit_edit.journal import Edit, Journal
-from lit_edit.loading import load_model
+from lit_edit.evaluation.scores import LocalityReference, evaluate
+from lit_edit.model.loading import load_model
 from lit_edit.module import LitEdit
 from lit_edit.requests import EditRequest, Probe, RequestError
+from lit_edit.runs.delta import load_delta
+from lit_edit.runs.journal import Edit, Journal
 
 __all__ = [
     "Edit",

@@ -9,14 +9,14 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from lit_edit.architectures import Family
-from lit_edit.configuration import read_config
-from lit_edit.corpora import load_corpus
+from lit_edit.configs.find import read_config
 from lit_edit.editors import Editor
-from lit_edit.journal import Journal
-from lit_edit.loading import EMBEDDED
+from lit_edit.model.families import Family
+from lit_edit.model.loading import EMBEDDED
 from lit_edit.requests import EditRequest
+from lit_edit.runs.journal import Journal
 from lit_edit.session import EditSession
+from lit_edit.statistics.corpora import load_corpus
 from lit_edit.trust import check_classes
 
 
@@ -60,7 +60,7 @@ def edit(
         requests: the facts to write. All are checked before the first is written.
         method: an editor, or the configuration that describes one.
         batch_size: requests edited together.
-        corpus: texts for key covariances, or the name of a corpus, see `lit_edit.corpora.load_corpus`.
+        corpus: texts for key covariances, or the name of a corpus, see `lit_edit.statistics.corpora.load_corpus`.
         corpus_tokens: at most so many of their tokens.
         cache_dir: where covariances are kept; the user's cache folder if None.
         seed: of the sampled contexts.

@@ -1,7 +1,7 @@
 """The command line: LightningCLI with editing's defaults, configurations found by name, errors in one line.
 
-``fit`` is Lightning's own, for one run; ``compare`` is `lit_edit.comparison`, which calls ``fit`` for many; ``export``
-and ``ask`` are `lit_edit.commands`, for what a run has made.
+``fit`` is Lightning's own, for one run; ``compare`` is `lit_edit.commands.compare`, which calls ``fit`` for many;
+``export`` and ``ask`` are `lit_edit.commands`, for what a run has made.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from lit_edit import comparison
-from lit_edit.architectures import Architecture
 from lit_edit.callbacks import (
     DownstreamEval,
     EditCheckpoint,
@@ -36,20 +34,21 @@ from lit_edit.callbacks import (
     ResultsTable,
     Retention,
 )
-from lit_edit.commands import ask, dry_run, export, statistics
-from lit_edit.configuration import find_config, read_config
+from lit_edit.commands import ask, compare, dry_run, export, statistics
+from lit_edit.commands.messages import one_line, readable
+from lit_edit.commands.review import review, review_line
+from lit_edit.configs.find import find_config, read_config
 from lit_edit.datamodules import EditDataModule, FactsDataModule
 from lit_edit.editors import Editor, LocateThenEdit
+from lit_edit.editors.layers import FixedLayers
+from lit_edit.editors.values import Plain
 from lit_edit.files import check_checkpoint
-from lit_edit.layers import FixedLayers
-from lit_edit.loading import EMBEDDED
-from lit_edit.messages import one_line, readable
+from lit_edit.model.families import Architecture
+from lit_edit.model.loading import EMBEDDED
+from lit_edit.model.prompts import check_requests
 from lit_edit.module import LitEdit
-from lit_edit.prompts import check_requests
-from lit_edit.results import ResultsLogger
-from lit_edit.review import review, review_line
+from lit_edit.runs.results import ResultsLogger
 from lit_edit.trust import check_classes, enforce, refusal
-from lit_edit.values import Plain
 
 TRACEBACK = "LIT_EDIT_TRACEBACK"
 TRUST = "--trust"
@@ -65,7 +64,7 @@ class _Command:
 
 
 _COMMANDS = {
-    "compare": _Command(comparison.main, comparison.SUMMARY, "train.py compare --configs mose rome"),
+    "compare": _Command(compare.main, compare.SUMMARY, "train.py compare --configs mose rome"),
     "export": _Command(export.main, export.SUMMARY, "train.py export --run runs/mose/version_0 --out edited-model"),
     "ask": _Command(ask.main, ask.SUMMARY, 'train.py ask --run runs/mose/version_0 "The capital of France is"'),
     "statistics": _Command(

@@ -9,17 +9,17 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_edit.architectures import Family
-from lit_edit.checkpoint import VerifiedCheckpointIO
-from lit_edit.corpora import load_corpus
-from lit_edit.delta import DeltaHeader, save_delta
 from lit_edit.editors import Editor, Plan
-from lit_edit.journal import Edit, Journal
-from lit_edit.loading import EMBEDDED, load_model, on_terminal, save_model
-from lit_edit.prompts import Prompter
+from lit_edit.model.families import Family
+from lit_edit.model.loading import EMBEDDED, load_model, on_terminal, save_model
+from lit_edit.model.prompts import Prompter
 from lit_edit.requests import EditRequest
+from lit_edit.runs.checkpoint import VerifiedCheckpointIO
+from lit_edit.runs.delta import DeltaHeader, save_delta
+from lit_edit.runs.journal import Edit, Journal
 from lit_edit.session import EditSession
 from lit_edit.statistics import COMMAND, model_fingerprint
+from lit_edit.statistics.corpora import load_corpus
 
 CHECKPOINT_KEY = "lit_edit"
 _PREFIX = "model."  # of the names of the model's parameters in this module
@@ -38,7 +38,7 @@ class LitEdit(L.LightningModule):
         model: ``embedded``, a folder or a hub name; or a loaded model, together with its ``tokenizer``.
         tokenizer: of a loaded model.
         dtype: in which a named model is loaded.
-        corpus: over which key covariances are taken, see `lit_edit.corpora.load_corpus`.
+        corpus: over which key covariances are taken, see `lit_edit.statistics.corpora.load_corpus`.
         corpus_tokens: at most so many of its tokens.
         cache_dir: where covariances are kept; the user's cache folder if None.
         seed: of the sampled contexts.
@@ -338,7 +338,7 @@ class LitEdit(L.LightningModule):
         self._keeps_originals = True
 
     def export_delta(self, path: str | Path, tolerance: float = 0.0) -> DeltaHeader:
-        """Writes what the edits changed, see `lit_edit.delta.save_delta`. Needs `keep_originals` before the fit.
+        """Writes what the edits changed, see `lit_edit.runs.delta.save_delta`. Needs `keep_originals` before the fit.
 
         Raises:
             ValueError: without that, or if an editable weight was changed by other means than an edit.

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_edit.architectures import Family
+from lit_edit.algebra.linalg import fill_silent
 from lit_edit.editors import Applied, Editor, Plan
-from lit_edit.evaluation import score_targets
-from lit_edit.journal import Edit, Journal
-from lit_edit.linalg import fill_silent
-from lit_edit.prompts import check_requests, sample_contexts
+from lit_edit.evaluation.scores import score_targets
+from lit_edit.model.families import Family
+from lit_edit.model.prompts import check_requests, sample_contexts
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
+from lit_edit.runs.journal import Edit, Journal
 from lit_edit.statistics import GRADIENTS, KEY_COVARIANCES, Kind, Statistics
-from lit_edit.workspace import Workspace
 
 TOLERATED_ROUNDING = 0.5  # of a change's norm; beyond it what is stored is rather noise than the edit
 
@@ -83,7 +83,7 @@ class EditSession:
         may_collect: whether statistics that are not there are collected; an error if not.
         notify: told how long it will take to collect them, if that is more than a minute.
         family: where a model of an unknown kind keeps its parts.
-        chat_template: put every prompt into the tokenizer's chat template, see `lit_edit.prompts.chat_frame`.
+        chat_template: put every prompt into the tokenizer's chat template, see `lit_edit.model.prompts.chat_frame`.
         requests: those to come, as far as they are known: what does not fit the model is reported before statistics
             are collected.
 

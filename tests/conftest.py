@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import FAMILIES, REPOSITORY, tiny_model
+from helpers.models import FAMILIES, REPOSITORY, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 

@@ -21,21 +21,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.models import tiny_tokenizer
+from helpers.runs import PLACES, quick_editor, write_corpus, write_facts
 from lit_edit.datamodules import FactsDataModule
-from run_examples import PLACES, quick_editor, write_corpus, write_facts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from lit_edit import EditRequest, edit, load_editor, load_model
-from lit_edit.architectures import Family
 from lit_edit.cli import EditCLI, _take_back, _Unstarted, describe, main
-from lit_edit.evaluation import score_targets
-from lit_edit.layers import FixedLayers
-from lit_edit.prompts import Prompter
+from lit_edit.editors.layers import FixedLayers
+from lit_edit.editors.solvers import ROME
+from lit_edit.evaluation.scores import score_targets
+from lit_edit.model.families import Family
+from lit_edit.model.prompts import Prompter
 from lit_edit.requests import RequestError
-from lit_edit.results import read_results
-from lit_edit.solvers import ROME
+from lit_edit.runs.results import read_results
 
 Folder = Callable[[str], Path]
 Errors = pytest.CaptureFixture[str]
@@ -168,7 +168,7 @@ def test_a_run_without_an_edit_leaves_nothing_behind(arguments: Command, tmp_pat
     assert main(command) == 2
     assert not (tmp_path / "new").exists()
     write_facts(tmp_path, 2)
-    cut = ["--trust=run_examples", "--trainer.callbacks", "run_examples.PowerCut", "--trainer.callbacks.batch"]
+    cut = ["--trust=helpers", "--trainer.callbacks", "helpers.runs.PowerCut", "--trainer.callbacks.batch"]
     with pytest.raises(RuntimeError, match="power cut"):
         main([*command, *cut, "0"])  # the unedited model's answers are on file by then
     assert not (tmp_path / "new").exists()
@@ -310,9 +310,9 @@ def test_a_resumed_run_goes_on_in_its_folder(arguments: Command, tmp_path: Path)
 
     assert main(cut("straight")) == 0
     power_cut = [
-        "--trust=run_examples",
+        "--trust=helpers",
         "--trainer.callbacks",
-        "run_examples.PowerCut",
+        "helpers.runs.PowerCut",
         "--trainer.callbacks.batch",
         "3",
     ]
@@ -455,7 +455,7 @@ def test_bad_files(arguments: Command, refused: Refused, tmp_path: Path, content
         (
             "memit",
             ["--model.editor.layers.layer=[1]"],
-            "model.editor.layers: lit_edit.layers.FixedLayers has no option 'layer'",
+            "model.editor.layers: lit_edit.editors.layers.FixedLayers has no option 'layer'",
         ),
         ("memit", ["--model.editor.layers.layers=3"], "model.editor.layers.layers: expected list, got '3'"),
         (
@@ -466,8 +466,8 @@ def test_bad_files(arguments: Command, refused: Refused, tmp_path: Path, content
         ("memit", ["--model.editor.values.lr=-1"], "Values need lr > 0"),
         (
             "memit",
-            ["--model.editor.solver=lit_edit.solvers.MEMITT"],
-            "model.editor.solver: module 'lit_edit.solvers' has no attribute 'MEMITT'",
+            ["--model.editor.solver=lit_edit.editors.solvers.MEMITT"],
+            "model.editor.solver: module 'lit_edit.editors.solvers' has no attribute 'MEMITT'",
         ),
         ("memit", ["--model.editor.solver=MEMITT"], "model.editor.solver: there is no class 'MEMITT'"),
         ("memit", ["--model.dtype=float8"], "dtype 'float8' is not one of float32, bfloat16, float16."),

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.runs import write_corpus, write_facts
 from jsonargparse import ArgumentParser, Namespace
+from lit_edit.configs.find import find_config
 from lit_edit.datamodules import EditDataModule
-from run_examples import write_corpus, write_facts
 from torch import Tensor
 
 from lit_edit import LitEdit, load_model
 from lit_edit.cli import EditCLI, describe, main
-from lit_edit.configuration import find_config
 from lit_edit.editors import Editor
 
 Folder = Callable[[str], Path]
@@ -101,21 +101,21 @@ COMBINATIONS = {
     "MEMIT with EAC + PRUNE": (
         "memit",
         """
-        values: {init_args: {schedule: {class_path: lit_edit.values.EAC, init_args: {percentile: 50}}}}
-        restraints: [{class_path: lit_edit.restraints.PRUNE, init_args: {every_n: 2}}]
+        values: {init_args: {schedule: {class_path: lit_edit.editors.values.EAC, init_args: {percentile: 50}}}}
+        restraints: [{class_path: lit_edit.editors.restraints.PRUNE, init_args: {every_n: 2}}]
         """,
     ),
-    "AlphaEdit + RECT": ("alphaedit", "restraints: [{class_path: lit_edit.restraints.RECT}]"),
-    "EMMET + OEditPlus": ("emmet", "restraints: [{class_path: lit_edit.restraints.OEditPlus}]"),
+    "AlphaEdit + RECT": ("alphaedit", "restraints: [{class_path: lit_edit.editors.restraints.RECT}]"),
+    "EMMET + OEditPlus": ("emmet", "restraints: [{class_path: lit_edit.editors.restraints.OEditPlus}]"),
     "ROME, layers by WilKE": ("wilke", "value_keys: null"),
     "ROME with EAC, OEdit + RECT + PRUNE, values at BareKey": (
         "rome",
         """
         values:
           init_args:
-            schedule: {class_path: lit_edit.values.EAC}
-            penalties: [{class_path: lit_edit.values.OEdit}]
-        restraints: [{class_path: lit_edit.restraints.RECT}, {class_path: lit_edit.restraints.PRUNE}]
+            schedule: {class_path: lit_edit.editors.values.EAC}
+            penalties: [{class_path: lit_edit.editors.values.OEdit}]
+        restraints: [{class_path: lit_edit.editors.restraints.RECT}, {class_path: lit_edit.editors.restraints.PRUNE}]
         """,
     ),
 }
@@ -158,14 +158,14 @@ def test_methods_are_put_together_by_yaml(command: Command, name: str) -> None:
     [
         (
             "mose",
-            "restraints: [{class_path: lit_edit.restraints.RECT}]",
+            "restraints: [{class_path: lit_edit.editors.restraints.RECT}]",
             "RECT restrains what is added to a weight, and",
         ),
-        ("mose-key", "restraints: [{class_path: lit_edit.restraints.PRUNE}]", "PRUNE restrains what is added"),
-        ("memit", "value_keys: {class_path: lit_edit.keys.BareKey}", "MEMIT has one key per request"),
+        ("mose-key", "restraints: [{class_path: lit_edit.editors.restraints.PRUNE}]", "PRUNE restrains what is added"),
+        ("memit", "value_keys: {class_path: lit_edit.editors.keys.BareKey}", "MEMIT has one key per request"),
         (
             "memit",
-            "values: {init_args: {constraint: {class_path: lit_edit.values.NormMatched}}}",
+            "values: {init_args: {constraint: {class_path: lit_edit.editors.values.NormMatched}}}",
             "Norm-matched values need `site: mlp`",
         ),
     ],

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from helpers.models import tiny_model
 
 from lit_edit import files
-from lit_edit.delta import DeltaError, load_delta, save_delta
+from lit_edit.editors.mend.network import HyperNetwork, HyperNetworkError
 from lit_edit.files import DamagedFileError
-from lit_edit.hypernetworks import HyperNetwork, HyperNetworkError
+from lit_edit.runs.delta import DeltaError, load_delta, save_delta
 from lit_edit.statistics import (
     StatisticsError,
     StatisticsHeader,

@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import PowerCut, assert_same_weights, data, entries, quick_editor, trainer, write_corpus, write_facts
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lit_edit.callbacks import EditCheckpoint, EditProgressBar, EveryNEdits, MatrixStability, Retention
 from lit_edit.datamodules import EditLoader, FactsDataModule
-from run_examples import PowerCut, assert_same_weights, data, entries, quick_editor, trainer, write_corpus, write_facts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_edit import LitEdit, edit, load_model
 from lit_edit.editors import Editor, FineTune, LocateThenEdit
+from lit_edit.editors.layers import FixedLayers
+from lit_edit.editors.restraints import PRUNE, Restraint
+from lit_edit.editors.solvers import ROME
+from lit_edit.editors.values import ValueOptimizer
 from lit_edit.files import save_checkpoint
-from lit_edit.layers import FixedLayers
 from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.requests import EditRequest, RequestError
-from lit_edit.restraints import PRUNE, Restraint
-from lit_edit.results import ResultsLogger, read_results
-from lit_edit.solvers import ROME
-from lit_edit.values import ValueOptimizer
+from lit_edit.runs.results import ResultsLogger, read_results
 
 # A frozen model is in evaluation mode from the start; Lightning takes that for an oversight.
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")

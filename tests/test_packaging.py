@@ -48,7 +48,7 @@ trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=8, callbacks=[watch]
 torch.manual_seed(0)
 model = Autoencoder()
 trainer.fit(model, DataLoader(torch.randn(64, 6), batch_size=8))
-from lit_edit.configuration import find_config
+from lit_edit.configs.find import find_config
 from lit_edit.datamodules import CounterFactDataModule
 facts = CounterFactDataModule(n_edits=5)
 facts.setup("fit")

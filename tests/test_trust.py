@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_examples import write_corpus, write_facts
+from helpers.runs import write_corpus, write_facts
 
 from lit_edit.cli import main
 from lit_edit.files import load_checkpoint, save_checkpoint
@@ -81,9 +81,7 @@ def test_no_option_creates_what_is_not_of_its_kind(
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines() if line)
 
 
-def test_a_foreign_class_on_the_command_line_is_named(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_foreign_class_on_the_command_line_is_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--trainer.callbacks+=theirs.Callback"]) == 2
     assert "names the class 'theirs.Callback', from outside lit_edit" in capsys.readouterr().err
 

@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lit_edit.commands.edited_run import EditedRun
 from lit_edit.commands.options import Parser
-from lit_edit.commands.runs import EditedRun
 from lit_edit.datamodules import FactsDataModule
 from lit_edit.datamodules.base import OnBadRecord
-from lit_edit.evaluation import greedy, score_targets
-from lit_edit.loading import EMBEDDED, load_model
-from lit_edit.prompts import Prompter
+from lit_edit.evaluation.scores import greedy, score_targets
+from lit_edit.model.loading import EMBEDDED, load_model
+from lit_edit.model.prompts import Prompter
 from lit_edit.requests import EditRequest, RequestError
 
 SUMMARY = "Ask the model before and after its edits, and show which facts hold."

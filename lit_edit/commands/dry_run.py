@@ -21,13 +21,8 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lit_edit.architectures import FAMILIES, Family
 from lit_edit.callbacks import Retention
-from lit_edit.commands.options import made
-from lit_edit.corpora import Corpus, load_corpus
-from lit_edit.datamodules import EditDataModule
-from lit_edit.editors import Editor
-from lit_edit.estimate import (
+from lit_edit.commands.estimate import (
     Memory,
     Time,
     editing_time,
@@ -36,16 +31,21 @@ from lit_edit.estimate import (
     size_text,
     time_text,
 )
-from lit_edit.evaluation import LocalityReference, evaluate
-from lit_edit.loading import DTYPES, EMBEDDED, LoadingError, embedded_path, refuse_quantised
+from lit_edit.commands.options import made
+from lit_edit.commands.review import review, review_table
+from lit_edit.datamodules import EditDataModule
+from lit_edit.editors import Editor
+from lit_edit.evaluation.scores import LocalityReference, evaluate
+from lit_edit.model.families import FAMILIES, Family
+from lit_edit.model.loading import DTYPES, EMBEDDED, LoadingError, embedded_path, refuse_quantised
+from lit_edit.model.prompts import check_requests
+from lit_edit.model.workspace import Workspace
 from lit_edit.module import LitEdit
-from lit_edit.prompts import check_requests
 from lit_edit.requests import EditRequest
-from lit_edit.review import review, review_table
 from lit_edit.session import EditSession, cache_folder, statistics_of
 from lit_edit.statistics import GRADIENTS, KEY_COVARIANCES, Statistics, sequences_of
+from lit_edit.statistics.corpora import Corpus, load_corpus
 from lit_edit.statistics.covariance import warn_if_few
-from lit_edit.workspace import Workspace
 
 SAMPLED_TOKENS = 2048  # of the corpus, where its statistics are not there yet
 LONG = 60.0  # seconds of a batch after which no second one is rehearsed

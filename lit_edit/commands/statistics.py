@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lit_edit.commands.estimate import size_text
 from lit_edit.commands.options import Parser
-from lit_edit.corpora import load_corpus
 from lit_edit.editors import Editor
-from lit_edit.estimate import size_text
-from lit_edit.loading import on_terminal
+from lit_edit.model.loading import on_terminal
+from lit_edit.model.workspace import Workspace
 from lit_edit.module import LitEdit
 from lit_edit.session import statistics_of
 from lit_edit.statistics import GRADIENTS, KEY_COVARIANCES, Kind, Statistics, spoken
-from lit_edit.workspace import Workspace
+from lit_edit.statistics.corpora import load_corpus
 
 SUMMARY = "Collect key covariances beforehand, in steps that can be interrupted."
 

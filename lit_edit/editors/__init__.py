@@ -3,7 +3,7 @@
 from lit_edit.editors.base import Applied, Editor, Plan
 from lit_edit.editors.finetune import FineTune
 from lit_edit.editors.locate_then_edit import LocateThenEdit
-from lit_edit.editors.mend import MEND
+from lit_edit.editors.mend.editor import MEND
 from lit_edit.editors.mose_oft import MoseOFT
 
 __all__ = ["MEND", "Applied", "Editor", "FineTune", "LocateThenEdit", "MoseOFT", "Plan"]

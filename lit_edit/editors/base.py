@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_edit.algebra.updates import Update
+from lit_edit.editors.restraints import Restraint
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.restraints import Restraint
-from lit_edit.updates import Update
-from lit_edit.workspace import Workspace
 
 
 @dataclass(frozen=True)

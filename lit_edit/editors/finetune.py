@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_edit.algebra.updates import Additive
 from lit_edit.editors.base import Applied, Editor, Plan
+from lit_edit.editors.restraints import Restraint, Source
+from lit_edit.editors.values import ElasticNet
 from lit_edit.editors.writing import RestrainedWriting
+from lit_edit.model.trial import edit_batch, last_token_nll, logits_with, target_nll, target_probability
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.restraints import Restraint, Source
-from lit_edit.trials import edit_batch, last_token_nll, logits_with, target_nll, target_probability
-from lit_edit.updates import Additive
-from lit_edit.values import ElasticNet
-from lit_edit.workspace import Workspace
 
 
 class FineTune(Editor):

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_edit.algebra.exact import ExactWeight
+from lit_edit.algebra.updates import Update
 from lit_edit.editors.base import Applied, Editor, Plan
+from lit_edit.editors.keys import KeyAverage, MeanKey, compute_keys
+from lit_edit.editors.layers import LayerPolicy
+from lit_edit.editors.restraints import Restraint, Source
+from lit_edit.editors.solvers import Problem, Solver
+from lit_edit.editors.values import ValueOptimizer, ValueProblem, Values, block_outputs
 from lit_edit.editors.writing import RestrainedWriting
-from lit_edit.exact import ExactWeight
-from lit_edit.keys import KeyAverage, MeanKey, compute_keys
-from lit_edit.layers import LayerPolicy
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.restraints import Restraint, Source
-from lit_edit.solvers import Problem, Solver
-from lit_edit.updates import Update
-from lit_edit.values import ValueOptimizer, ValueProblem, Values, block_outputs
-from lit_edit.workspace import Workspace
 
 
 class LocateThenEdit(Editor):

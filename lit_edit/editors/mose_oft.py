@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_edit.algebra.updates import BlockKeyRotation
 from lit_edit.editors.base import Applied, Editor, Plan
 from lit_edit.editors.remainders import Remainders
+from lit_edit.editors.restraints import Restraint, Source, check_restraints
 from lit_edit.editors.writing import all_or_nothing
+from lit_edit.model.trial import edit_batch, logits_with, target_nll, target_probability
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.restraints import Restraint, Source, check_restraints
-from lit_edit.trials import edit_batch, logits_with, target_nll, target_probability
-from lit_edit.updates import BlockKeyRotation
-from lit_edit.workspace import Workspace
 
 
 def cayley(parameters: Tensor) -> Tensor:
@@ -36,7 +36,8 @@ class MoseOFT(Editor):
     """``W ← W B`` with ``B = blockdiag(cayley(X_1), …, cayley(X_b))``, the ``X_i`` trained from zero by Adam.
 
     This is not the method of the paper (Xu et al. 2026, MOSE), which multiplies on the left with the solution of a
-    Procrustes problem and is `lit_edit.solvers.MOSE`. It is what the paper's code did when first released: orthogonal
+    Procrustes problem and is `lit_edit.editors.solvers.MOSE`. It is what the paper's code did when first released:
+    orthogonal
     fine-tuning (OFT, Qiu et al. 2023) of the down-projections of fixed layers on the target's negative log-likelihood
     under the edit prompt, without keys, values, preserved knowledge or a choice of layers. Singular values stay as they
     are all the same.

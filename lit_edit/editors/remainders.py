@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_edit.exact import can_have_remainder, no_remainder, stored_along
+from lit_edit.algebra.exact import can_have_remainder, no_remainder, stored_along
 
 _REMAINDER, _MARKS = "remainder.", "remainder_marks."
 
 
 class Remainders:
-    """The remainders (`lit_edit.exact`) of all layers that were written, for as long as nobody else changes a weight.
+    """The remainders (`lit_edit.algebra.exact`) of all layers that were written, for as long as nobody else changes a
+    weight.
 
     A change that is too small for a weight's dtype is not lost: it is in the remainder until others have added up with
     it. And what one write rounds is known to the next, so that errors do not add up: what is stored is the rounded sum

@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lit_edit.algebra.updates import Update
 from lit_edit.editors.base import Applied, Plan
 from lit_edit.editors.remainders import Remainders
-from lit_edit.originals import Former
-from lit_edit.restraints import Ground, Restraint, Source, check_restraints
-from lit_edit.updates import Update
-from lit_edit.workspace import Workspace
+from lit_edit.editors.restraints import Ground, Restraint, Source, check_restraints
+from lit_edit.model.originals import Former
+from lit_edit.model.workspace import Workspace
 
 _EDITS_HERE, _RANK_HERE = "edits_here.", "rank_here."
 

@@ -3,7 +3,7 @@
 Each is kept in checked files, and used again only for what it was made from.
 """
 
-from lit_edit.statistics.collecting import sequences_of, spoken
+from lit_edit.statistics.collect import sequences_of, spoken
 from lit_edit.statistics.covariance import ENOUGH, KeyCovariance, collect_covariances
 from lit_edit.statistics.files import (
     COMMAND,

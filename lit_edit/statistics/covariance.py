@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lit_edit.statistics.collecting import Collector, Pace, collect
+from lit_edit.statistics.collect import Collector, Pace, collect
 from lit_edit.statistics.files import StatisticsError
 
 if TYPE_CHECKING:

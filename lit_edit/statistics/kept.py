@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from lit_edit.statistics.collecting import Collector, Pace, check_texts, collect, gathered, interrupts, processes
+from lit_edit.statistics.collect import Collector, Pace, check_texts, collect, gathered, interrupts, processes
 from lit_edit.statistics.covariance import KeyCollector, warn_if_few
 from lit_edit.statistics.files import (
     COMMAND,
@@ -45,8 +45,8 @@ class Statistics:
         model: a causal language model of ``transformers``, before its first edit.
         tokenizer: its tokenizer.
         texts: the corpus. One that can be read only once is held in memory. One that has an ``identity`` (see
-            `lit_edit.corpora.Corpus`) is known by that and its own ``name``, is read only as far as it is used, and not
-            at all where the files are there; of any other all texts are read, to know it by its content.
+            `lit_edit.statistics.corpora.Corpus`) is known by that and its own ``name``, is read only as far as it is
+            used, and not at all where the files are there; of any other all texts are read, to know it by its content.
         corpus_name: a name for it, for people.
         modules: the projections by name.
         folder: of the files.

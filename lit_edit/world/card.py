@@ -18,18 +18,18 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lit_edit.corpora import load_corpus
 from lit_edit.datamodules import ConceptEditDataModule, CounterFactDataModule, EditDataModule, ZsREDataModule
-from lit_edit.downstream import load_tasks, run_task
 from lit_edit.editors import LocateThenEdit
-from lit_edit.evaluation import LocalityReference, evaluate, score_targets
-from lit_edit.layers import FixedLayers
-from lit_edit.loading import EMBEDDED, embedded_path, load_model
+from lit_edit.editors.layers import FixedLayers
+from lit_edit.editors.solvers import MOSE, ROME, Solver
+from lit_edit.editors.values import NormClamp, NormMatched, ValueOptimizer
+from lit_edit.evaluation.downstream import load_tasks, run_task
+from lit_edit.evaluation.scores import LocalityReference, evaluate, score_targets
+from lit_edit.model.loading import EMBEDDED, embedded_path, load_model
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
-from lit_edit.solvers import MOSE, ROME, Solver
-from lit_edit.values import NormClamp, NormMatched, ValueOptimizer
-from lit_edit.workspace import Workspace
+from lit_edit.statistics.corpora import load_corpus
 
 
 def requests_of(data: EditDataModule) -> list[EditRequest]:

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import SENTENCES, data, quick_editor, taught, trainer, write_corpus
 from lightning.pytorch import LightningModule
 from lit_edit.callbacks import DownstreamEval
-from run_examples import SENTENCES, data, quick_editor, taught, trainer, write_corpus
 from torch.utils.data import DataLoader
 
 from lit_edit import LitEdit, load_model
-from lit_edit.downstream import Task, TaskFileError, run_task
-from lit_edit.prompts import Prompter
-from lit_edit.results import ResultsLogger, read_results
+from lit_edit.evaluation.downstream import Task, TaskFileError, run_task
+from lit_edit.model.prompts import Prompter
+from lit_edit.runs.results import ResultsLogger, read_results
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode"),

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_edit.callbacks import MatrixStability, matrix_figures, relative_drift, spectrum_drift
 from torch import nn
 
-from lit_edit.results import ResultsLogger
+from lit_edit.runs.results import ResultsLogger
 
 # What Lightning says about runs as small as these, and what its own tree utilities call that torch has deprecated.
 pytestmark = [

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from lit_edit.callbacks import EveryNEdits, MatrixStability, ResultsTable
 
-from lit_edit.journal import Edit, Journal
 from lit_edit.requests import EditRequest
-from lit_edit.results import ResultsLogger, read_results
+from lit_edit.runs.journal import Edit, Journal
+from lit_edit.runs.results import ResultsLogger, read_results
 
 # What Lightning says about runs as small as these, and what its own tree utilities call that torch has deprecated.
 pytestmark = [

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import assert_same_weights, data, facts, quick_editor, taught, trainer, write_corpus, write_facts
 from lightning.pytorch import LightningModule, Trainer
 from lit_edit.callbacks import EditCheckpoint, EveryNEdits, ExportModel, Retention
 from lit_edit.datamodules import FactsDataModule
-from run_examples import assert_same_weights, data, facts, quick_editor, taught, trainer, write_corpus, write_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_edit import LitEdit, LocalityReference, evaluate
-from lit_edit.prompts import Prompter
-from lit_edit.results import ResultsLogger, read_results
+from lit_edit.model.prompts import Prompter
+from lit_edit.runs.results import ResultsLogger, read_results
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode"),

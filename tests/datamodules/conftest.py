@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import fact
+from helpers.records import fact
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import concept, counterfact, fact, flat, mend
+from helpers.records import concept, counterfact, fact, flat, mend
 from lit_edit.datamodules import (
     ConceptEditDataModule,
     CounterFactDataModule,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from data_examples import concept, counterfact, flat, mend
+from helpers.records import concept, counterfact, flat, mend
 from lit_edit.datamodules import (
     COUNTERFACT,
     FLAT,

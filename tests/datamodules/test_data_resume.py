@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_examples import fact
+from helpers.records import fact
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_edit.datamodules import EditBatch, EditLoader, FactsDataModule
 from torch.utils.data import DataLoader

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from editing_references import (
+from helpers.references import (
     changed,
     hooks_left,
     make_workspace,
@@ -19,13 +19,13 @@ from editing_references import (
     tokens,
     weights,
 )
-from run_examples import facts
+from helpers.runs import facts
 from torch import Tensor
 
 from lit_edit.editors import FineTune
+from lit_edit.editors.values import ElasticNet
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.values import ElasticNet
-from lit_edit.workspace import Workspace
 
 families = pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from editing_references import (
+from helpers.references import (
     CONTEXTS,
     changed,
     hooks_left,
@@ -25,18 +25,18 @@ from editing_references import (
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lit_edit.architectures import Architecture
+from lit_edit.algebra.updates import Additive, Update
 from lit_edit.editors import LocateThenEdit, Plan
-from lit_edit.keys import BareKey, KeyAverage, MeanKey, TypeMeanKey
-from lit_edit.layers import ActivationSelection, Choice, FixedLayers, LayerPolicy, WilKE
+from lit_edit.editors.keys import BareKey, KeyAverage, MeanKey, TypeMeanKey
+from lit_edit.editors.layers import ActivationSelection, Choice, FixedLayers, LayerPolicy, WilKE
+from lit_edit.editors.restraints import PRUNE, RECT, Ground, Restraint
+from lit_edit.editors.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem, Solver
+from lit_edit.editors.values import NormClamp, NormMatched, ValueOptimizer
+from lit_edit.model.families import Architecture
+from lit_edit.model.hooks import read_inputs
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.restraints import PRUNE, RECT, Ground, Restraint
 from lit_edit.session import EditSession
-from lit_edit.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem, Solver
-from lit_edit.taps import read_inputs
-from lit_edit.updates import Additive, Update
-from lit_edit.values import NormClamp, NormMatched, ValueOptimizer
-from lit_edit.workspace import Workspace
 
 
 class Assigned(LayerPolicy):

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from editing_references import changed, hooks_left, make_workspace, matrix_of, projection_of, requests, tokens, weights
-from run_examples import facts, write_facts
-from tiny_models import REPOSITORY
+from helpers.models import REPOSITORY
+from helpers.references import changed, hooks_left, make_workspace, matrix_of, projection_of, requests, tokens, weights
+from helpers.runs import facts, write_facts
 from torch import Tensor
 
 from lit_edit import load_model
 from lit_edit.editors import MEND
-from lit_edit.files import load_tensors, save_tensors
-from lit_edit.hypernetworks import (
+from lit_edit.editors.mend.network import (
     FILE_NAME,
     FORMAT_VERSION,
     HyperNetwork,
@@ -26,11 +25,12 @@ from lit_edit.hypernetworks import (
     TokenFactors,
     gradient_factors,
 )
-from lit_edit.mend_training import MendTraining, _parser, gather_statistics, main, train
+from lit_edit.editors.mend.training import MendTraining, _parser, gather_statistics, main, train
+from lit_edit.files import load_tensors, save_tensors
+from lit_edit.model.trial import edit_batch
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest, Probe
 from lit_edit.session import EditSession
-from lit_edit.trials import edit_batch
-from lit_edit.workspace import Workspace
 
 LAYERS = [1, 2]
 families = pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
@@ -277,7 +277,7 @@ def test_hidden_layers_and_the_longest_gradient_are_what_is_asked_for(tiny) -> N
 
 def test_the_card_trains_with_the_published_constants() -> None:
     card = (REPOSITORY / "docs" / "methods" / "mend.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line.split()[3:] for line in card.splitlines() if "python -m lit_edit.mend_training --" in line]
+    lines = [line.split()[3:] for line in card.splitlines() if "python -m lit_edit.editors.mend.training --" in line]
     given = {settings.model: settings for settings in map(_parser().parse_args, lines)}
     assert set(given) == {"embedded", "openai-community/gpt2-xl", "meta-llama/Meta-Llama-3-8B"}
     published = {"rank": 1920, "hidden": 1, "lr": 1e-6, "lr_lr": 1e-4, "edit_lr": 1e-4, "edit_weight": 0.1, "clip": 100}
@@ -418,7 +418,7 @@ def test_bad_settings_are_refused(make: Any, message: str) -> None:
 def test_the_embedded_network_is_small_and_fits_the_embedded_model() -> None:
     from lit_edit.datamodules import CounterFactDataModule
 
-    from lit_edit.loading import embedded_path
+    from lit_edit.model.loading import embedded_path
 
     assert embedded_path("model", "mend", FILE_NAME).stat().st_size < 1.5e6
     editor = MEND()

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from editing_references import changed, hooks_left, make_workspace, matrix_of, projection_of, requests, tokens, weights
-from run_examples import facts
+from helpers.references import changed, hooks_left, make_workspace, matrix_of, projection_of, requests, tokens, weights
+from helpers.runs import facts
 from torch import Tensor
 
 from lit_edit.editors import MoseOFT
 from lit_edit.editors.mose_oft import cayley
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.workspace import Workspace
 
 families = pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
 

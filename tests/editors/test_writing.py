@@ -9,27 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from editing_references import changed, make_workspace, matrix_of, requests, weights
+from helpers.references import changed, make_workspace, matrix_of, requests, weights
 from safetensors.torch import load, save
 from torch import Tensor
 
 from lit_edit import load_editor
-from lit_edit.architectures import Architecture
+from lit_edit.algebra.exact import ExactWeight
+from lit_edit.algebra.updates import Additive, Update
 from lit_edit.cli import describe
 from lit_edit.editors import MEND, Editor, FineTune, LocateThenEdit, MoseOFT, Plan
+from lit_edit.editors.keys import KeyAverage
+from lit_edit.editors.layers import Choice, FixedLayers, LayerPolicy
+from lit_edit.editors.mend.network import HyperNetwork
 from lit_edit.editors.remainders import Remainders
+from lit_edit.editors.restraints import PRUNE, RECT, Ground, OEditPlus, Restraint
+from lit_edit.editors.solvers import MEMIT, MOSE, Problem
+from lit_edit.editors.values import OEdit, ValueOptimizer
 from lit_edit.editors.writing import all_or_nothing
-from lit_edit.exact import ExactWeight
-from lit_edit.hypernetworks import HyperNetwork
-from lit_edit.keys import KeyAverage
-from lit_edit.layers import Choice, FixedLayers, LayerPolicy
+from lit_edit.model.families import Architecture
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.restraints import PRUNE, RECT, Ground, OEditPlus, Restraint
 from lit_edit.session import EditSession
-from lit_edit.solvers import MEMIT, MOSE, Problem
-from lit_edit.updates import Additive, Update
-from lit_edit.values import OEdit, ValueOptimizer
-from lit_edit.workspace import Workspace
 
 LAYERS = [1, 2]
 two_families = pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)  # stored transposed, and as it is
@@ -532,8 +532,8 @@ def test_restraints_come_from_yaml(tmp_path: Path, kind: str, settings: str, nam
     path = tmp_path / "method.yaml"
     path.write_text(
         f"model: {{editor: {{class_path: lit_edit.editors.{kind}, init_args: {{{settings}restraints: ["
-        "{class_path: lit_edit.restraints.RECT, init_args: {keep: 0.3}}, "
-        "{class_path: lit_edit.restraints.PRUNE, init_args: {every_n: 7}}]}}}\n",
+        "{class_path: lit_edit.editors.restraints.RECT, init_args: {keep: 0.3}}, "
+        "{class_path: lit_edit.editors.restraints.PRUNE, init_args: {every_n: 7}}]}}}\n",
         encoding="utf-8",
     )
     editor = load_editor(path)

@@ -14,10 +14,10 @@ import torch
 from lit_edit.datamodules import ConceptEditDataModule, CounterFactDataModule, EditDataModule, ZsREDataModule
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_edit.downstream import Task, load_tasks, run_task
-from lit_edit.loading import embedded_path
+from lit_edit.evaluation.downstream import Task, load_tasks, run_task
+from lit_edit.model.loading import embedded_path
+from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.workspace import Workspace
 from lit_edit.world.card import recall
 
 FOLDER = embedded_path("model")

@@ -1,0 +1,1 @@
+"""Algebra on tensors: updates of a weight, Procrustes problems, subspaces. Pure functions, no model."""

@@ -1,0 +1,153 @@
+"""Subspaces of a weight's outputs: what edits so far have written to, and what the model's own gradient points to.
+
+Pure functions on tensors, in float64; a weight is ``(d, p)`` = (d_out, d_in), a basis ``(d, n)`` has a vector a column.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_edit.algebra.linalg import left_singular, svd_of_rank, version_of
+
+_EPS = torch.finfo(torch.float64).eps
+_NEGLIGIBLE = 1e-6  # of a unit vector: what is left of it after a projection is then rounding and no direction
+
+
+def written_basis(weight: Tensor, original: Tensor, edits: int, eps: float | None = None) -> Tensor:
+    r"""``V_r``: an orthonormal basis of the column space of all edits so far, ``W − W_0`` (O-Edit, Eq. 25).
+
+    The rank ``r`` is at most the number of edits, each of which adds one column to the space, and counts only singular
+    values that the rounding of the stored weights cannot explain: every write rounds every entry, which leaves a matrix
+    of full rank and of a spectral norm below ``eps · √edits · ‖W‖_F · (1/√d + 1/√p)``.
+
+    Args:
+        weight: ``W (d, p)`` as it is now.
+        original: ``W_0 (d, p)``, before the first edit.
+        edits: requests that were written into this weight.
+        eps: to what every write rounds, relative to an entry; that of the coarser dtype of the two if None.
+
+    Returns:
+        ``(d, r)`` in float64, by descending singular value, the largest entry of each vector positive.
+
+    Raises:
+        ValueError: if the shapes differ or the number of edits is negative.
+    """
+    if weight.shape != original.shape or weight.ndim != 2:
+        raise ValueError(
+            f"A weight of shape {tuple(weight.shape)} cannot be compared with one of shape {tuple(original.shape)}."
+        )
+    if edits < 0:
+        raise ValueError(f"The number of edits written into a weight cannot be {edits}.")
+    d, p = weight.shape
+    now, before = weight.detach().to(torch.float64), original.detach().to(torch.float64)
+    total = now - before
+    if not edits or not total.any():
+        return total[:, :0]
+    if eps is None:
+        eps = max(torch.finfo(weight.dtype).eps, torch.finfo(original.dtype).eps)
+    noise = eps * edits**0.5 * float(now.norm())
+    rounding = noise * (d**-0.5 + p**-0.5)
+    left, sizes, _ = svd_of_rank(total, edits, negligible=noise)
+    rank = int((sizes > max(rounding, float(sizes[0]) * max(d, p) * _EPS)).sum())
+    return _oriented(left[:, : min(rank, edits)])
+
+
+def principal_directions(matrix: Tensor) -> Tensor:
+    """Left singular vectors of a ``(d, p)`` matrix up to its numerical rank, by descending singular value.
+
+    Returns:
+        ``(d, rank)`` in float64, the largest entry of each vector positive.
+    """
+    left, sizes = left_singular(matrix)
+    return _oriented(left[:, sizes > (sizes[:1] * max(matrix.shape) * _EPS)])
+
+
+def cleaned(directions: Tensor, basis: Tensor) -> Tensor:
+    """``V_q − V_r V_rᵀ V_q``: directions without their part in another space (O-Edit, Eq. 26).
+
+    The result is not orthonormal: what loses a part gets shorter. A vector of which nothing is left is dropped.
+
+    Args:
+        directions: ``V_q (d, q)``, unit vectors.
+        basis: ``V_r (d, r)``, orthonormal.
+
+    Returns:
+        ``(d, q')``, ``q' ≤ q``.
+    """
+    left = without(directions, basis)
+    return left[:, left.norm(dim=0) > _NEGLIGIBLE]
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """An orthonormal basis of the space that vectors of length 1 at most span: ``(d, n)`` to ``(d, rank)``."""
+    left, sizes, _ = torch.linalg.svd(vectors, full_matrices=False)
+    return left[:, sizes > _NEGLIGIBLE]
+
+
+def without(matrix: Tensor, basis: Tensor) -> Tensor:
+    """``A − B Bᵀ A``; for an orthonormal ``B (d, n)`` the part of ``A (d, m)`` outside its space."""
+    return matrix - basis @ (basis.T @ matrix)
+
+
+def _oriented(vectors: Tensor) -> Tensor:
+    """Singular vectors have no sign of their own: the largest entry is made positive, so that results repeat."""
+    if not vectors.shape[1]:
+        return vectors
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * largest.sign()
+
+
+class ImplicitKnowledge:
+    """``V_q``: the leading directions of a model's own gradient, more of them with every edit (O-Edit, section 3.2.2).
+
+    ``q = ⌊share · edits⌋``, at most ``limit`` and the gradient's rank. Every gradient is decomposed once.
+
+    Args:
+        share: ``λ3``, directions per edit; 0 for none.
+        limit: the most directions; None for no limit of its own.
+
+    Raises:
+        ValueError: for a share that is negative or not finite, or a limit below 0.
+    """
+
+    def __init__(self, share: float, limit: int | None = None) -> None:
+        if not 0 <= share < float("inf"):
+            raise ValueError(f"The gradient's share of directions per edit must be at least 0, not {share}.")
+        if limit is not None and limit < 0:
+            raise ValueError(f"The most directions of the gradient cannot be {limit}: give a number, or null for all.")
+        self.share, self.limit = float(share), limit
+        self._known: dict[str, _Decomposed] = {}
+
+    def directions(self, gradient: Tensor | None, edits: int, layer: str) -> Tensor:
+        """``V_q (d, q)`` in float64, orthonormal.
+
+        Args:
+            gradient: ``∇G (d, p)``.
+            edits: requests in this layer, those to be written now included.
+            layer: the layer's name, under which the decomposition is kept.
+
+        Raises:
+            ValueError: if there is no gradient.
+        """
+        if gradient is None:
+            raise ValueError(
+                f"There is no gradient of the language-model loss for layer {layer!r}: collect it with "
+                "lit_edit.statistics.gradients, or leave implicit knowledge out (gradient_share 0)."
+            )
+        known = self._known.get(layer)
+        if known is None or not known.belongs_to(gradient):
+            known = self._known[layer] = _Decomposed(gradient)
+        # A product like 0.29 * 100 comes out just below the whole number it stands for.
+        number = int(self.share * edits + 1e-9)
+        return known.directions[:, : number if self.limit is None else min(number, self.limit)]
+
+
+class _Decomposed:
+    """The directions of a gradient, with the gradient they came from."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient, self.version, self.directions = gradient, version_of(gradient), principal_directions(gradient)
+
+    def belongs_to(self, gradient: Tensor) -> bool:
+        return gradient is self.gradient and version_of(gradient) == self.version

@@ -1,0 +1,148 @@
+"""The edited model of a run: the model it started from, and the weights of its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_edit import files
+from lit_edit.configs.find import read_config
+from lit_edit.datamodules.base import OnBadRecord
+from lit_edit.model.loading import EMBEDDED, load_model
+from lit_edit.model.originals import Originals
+from lit_edit.module import CHECKPOINT_KEY
+from lit_edit.runs.results import ResultsError, read_results
+from lit_edit.statistics import model_fingerprint
+
+CHECKPOINT = Path("checkpoints", "edits.ckpt")
+_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class EditedRun:
+    """What a run edited, and where the result is.
+
+    Attributes:
+        model: ``embedded``, a folder or a hub name: the model before the first edit.
+        dtype: in which it was edited.
+        checkpoint: the file with the edited weights.
+        method: for people; empty if not known.
+        chat_template: whether prompts are put into the tokenizer's chat template.
+        on_bad_record: what the run did with facts that cannot be edited.
+    """
+
+    model: str
+    dtype: str
+    checkpoint: Path
+    method: str = ""
+    chat_template: bool = False
+    on_bad_record: OnBadRecord = "raise"
+
+    @classmethod
+    def find(cls, run: Path | None, checkpoint: Path | None, model: str | None = None) -> EditedRun:
+        """From a run's folder, or from a checkpoint in it.
+
+        Args:
+            run: the folder with ``config.yaml``; None takes the one that the checkpoint lies in.
+            checkpoint: None takes the run's own.
+            model: where the model is that was edited, if it is not where the run found it.
+
+        Raises:
+            ValueError: if either is missing.
+        """
+        if run is None and checkpoint is None:
+            raise ValueError("Which run? --run runs/mose/version_0, or --ckpt_path of a checkpoint in a run's folder.")
+        folder = (run if run is not None else Path(str(checkpoint)).resolve().parent.parent).expanduser()
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"{folder} is no folder of a run: it has no config.yaml.")
+        config = read_config(str(folder / "config.yaml"))
+        settings = config.get("model") or {}
+        if checkpoint is None:
+            own = (config.get("checkpoint") or {}).get("dirpath")
+            checkpoint = Path(own) / CHECKPOINT.name if own else folder / CHECKPOINT
+        if not checkpoint.is_file():
+            raise ValueError(f"There is no checkpoint at {checkpoint}: name one with --ckpt_path.")
+        named = model or settings.get("model", EMBEDDED)
+        in_chat = bool(settings.get("chat_template", False))
+        skips = ((config.get("data") or {}).get("init_args") or {}).get("on_bad_record") == "skip"
+        return cls(
+            named,
+            settings.get("dtype", "float32"),
+            checkpoint,
+            _method(folder),
+            in_chat,
+            "skip" if skips else "raise",
+        )
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """The model before the first edit, and its tokenizer.
+
+        Raises:
+            lit_edit.model.loading.LoadingError: if it is no longer there.
+        """
+        model, tokenizer = load_model(self.model, self.dtype)
+        return model.eval().requires_grad_(False), tokenizer
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, keep_originals: bool = False) -> Applied:
+        """Turns the model as `load` gave it into the edited one, in place.
+
+        Args:
+            model: the unedited model.
+            keep_originals: copy the weights that change, as they were, to the CPU.
+
+        Raises:
+            ValueError: if the checkpoint cannot be read, was not made by a run of edits, or belongs to another model;
+                the model is then unchanged.
+        """
+        weights, state = self._read()
+        parameters = dict(model.named_parameters())
+        for name, weight in weights.items():
+            if name not in parameters or parameters[name].shape != weight.shape:
+                raise ValueError(
+                    f"{self.checkpoint} has a weight {name!r} of shape {tuple(weight.shape)}, which the model "
+                    f"{self.model!r} lacks: it was made from another model."
+                )
+        fingerprint = model_fingerprint(model)
+        if state.get("original") not in (None, fingerprint):
+            raise ValueError(
+                f"{self.checkpoint} was made from another model than {self.model!r} is now, with the same layers and "
+                "other weights: name the one that was edited."
+            )
+        originals = Originals(model)
+        if keep_originals:
+            originals.keep()
+        for name in list(weights):
+            originals.before_write(name)
+            parameters[name].detach().copy_(weights.pop(name))
+        return Applied(fingerprint, originals.copies, len(state.get("journal", ())))
+
+    def _read(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        content = files.load_checkpoint(self.checkpoint)
+        if CHECKPOINT_KEY not in content:
+            raise ValueError(f"{self.checkpoint} was not made by a run of edits: it holds no record of them.")
+        weights = {name.removeprefix(_PREFIX): weight for name, weight in content["state_dict"].items()}
+        return weights, content[CHECKPOINT_KEY]
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """What was there before a run's weights: the model's fingerprint, the weights by name (where they were to be kept),
+    and the count of edits.
+    """
+
+    fingerprint: str
+    originals: dict[str, Tensor]
+    edits: int
+
+
+def _method(run: Path) -> str:
+    try:
+        return str(read_results(run).run.get("method") or "")
+    except ResultsError:  # a run with another logger has none
+        return ""

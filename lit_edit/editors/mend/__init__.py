@@ -1,0 +1,1 @@
+"""MEND: an editor with a trained hyper-network."""

@@ -1,0 +1,110 @@
+"""PRUNE: the sum of all updates is kept from outgrowing the weight it was added to."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_edit.algebra.linalg import singular_values, svd_of_rank
+from lit_edit.algebra.updates import LowRank
+from lit_edit.editors.restraints.base import Ground, Restraint
+
+_NEGLIGIBLE = 1e-4  # of the largest singular value: what is cut is above it, and then off by less than 1e-8
+
+
+class PRUNE(Restraint):
+    r"""Restraint on the singular values of the sum of all updates (PRUNE, Ma et al. 2025, Eq. 3-6).
+
+    With ``ΔW = W − W_0`` and ``σ_max`` the largest singular value of ``W_0``, every singular value ``σ`` of ``ΔW``
+    above ``σ_max`` becomes
+
+    .. math:: F(σ) = \log_α σ - \log_α σ_{max} + σ_{max} \qquad \text{or} \qquad F(σ) = σ / β + (1 - 1 / β)\, σ_{max}
+
+    (its Eq. 5, and the linear form of its appendix C.3); the others stay, and so do all singular vectors. The weight
+    becomes ``W_0 + ΔW'``: the pruned sum takes the place of the sum and is not added on top of it.
+
+    Both forms meet the identity at ``σ_max`` and rise with ``σ``. The linear one never exceeds ``σ``. The logarithm
+    leaves ``σ_max`` with the slope ``1 / (σ_max ln α)``; where that is above 1 (small weights, or ``α`` close to 1) the
+    formula to the letter *enlarges* the values just above ``σ_max``. They then stay as they are: ``min(F(σ), σ)``.
+
+    A sum that was pruned before is pruned again with whatever was added since, ``F`` on top of ``F``.
+
+    Args:
+        alpha: ``α``, the base of the logarithm, above 1; larger is stricter. Published for CounterFact: 1.2 (ROME; 1.5
+            on llama3-8b), 1.2 or e (MEMIT, by model).
+        form: ``log`` or ``linear``.
+        beta: ``β`` of the linear form, above 1.
+        every_n: prune whenever this many further requests were applied, in whichever layers (its appendix C.6), after
+            the batch that reaches or crosses the count, and not at the end; None prunes once, at the end of a run, as
+            in the paper's main experiments.
+
+    Raises:
+        ValueError: for numbers out of range or an unknown form.
+    """
+
+    needs_original = True
+
+    def __init__(
+        self,
+        alpha: float = 1.2,
+        form: Literal["log", "linear"] = "log",
+        beta: float = 2.0,
+        every_n: int | None = None,
+    ) -> None:
+        for name, base in (("alpha", alpha), ("beta", beta)):
+            if not 1 < base < math.inf:
+                raise ValueError(
+                    f"PRUNE's {name} must be above 1 and finite, got {base}: at 1 and below it would not restrain."
+                )
+        if form not in ("log", "linear"):
+            raise ValueError(f"The form of PRUNE is 'log' or 'linear', not {form!r}.")
+        if every_n is not None and every_n < 1:
+            raise ValueError(f"PRUNE works every so many requests, 1 or more, not {every_n}; null prunes at the end.")
+        self.alpha, self.form, self.beta, self.every_n = alpha, form, beta, every_n
+
+    @torch.no_grad()
+    def total(self, ground: Ground, last: bool) -> LowRank | None:
+        """What takes the weight to ``W_0 + ΔW'``, of the rank of what is too large; None where nothing is, or not yet.
+
+        Raises:
+            ValueError: if the weight before the first edit is missing.
+        """
+        if not self._due(ground, last):
+            return None
+        if ground.original is None:
+            raise ValueError(f"PRUNE needs the weight of layer {ground.layer!r} as it was before the first edit.")
+        weight = ground.exact.dense()
+        original = ground.original.detach().to(weight)
+        if torch.equal(weight, original):
+            return None
+        largest = singular_values(original)[0]
+        u, sigma, vt = svd_of_rank(weight - original, self._rank(ground), _NEGLIGIBLE * float(largest))
+        cut = self.restrained(sigma, largest) - sigma
+        rank = int((cut < 0).sum())  # descending, and what is cut stands in front
+        return LowRank(left=u[:, :rank] * cut[:rank], right=vt[:rank]) if rank else None
+
+    def restrained(self, sigma: Tensor, largest: Tensor) -> Tensor:
+        """The singular values after pruning.
+
+        Args:
+            sigma: singular values of the sum of all updates, any shape.
+            largest: ``σ_max`` of the weight before the first edit, positive.
+        """
+        if self.form == "log":
+            pruned = largest + (sigma.clamp(min=largest) / largest).log() / math.log(self.alpha)
+        else:
+            pruned = sigma / self.beta + (1 - 1 / self.beta) * largest
+        return torch.where(sigma > largest, torch.minimum(pruned, sigma), sigma)
+
+    @staticmethod
+    def _rank(ground: Ground) -> int:
+        """What to try first; `svd_of_rank` finds out where the rank is higher."""
+        return ground.edits_here + ground.batch_here if ground.rank_here is None else ground.rank_here
+
+    def _due(self, ground: Ground, last: bool) -> bool:
+        if self.every_n is None:
+            return last
+        return not last and (ground.edits + ground.batch) // self.every_n > ground.edits // self.every_n

@@ -1,0 +1,115 @@
+"""AlphaEdit: least squares inside the null space of the preserved keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lit_edit.algebra.linalg import check_null_space_choice, solve_spd
+from lit_edit.algebra.updates import LowRank
+from lit_edit.editors.solvers.base import Problem, Solver, check_positive
+from lit_edit.editors.solvers.kept import KeptProjection, room_for_keys
+
+
+class AlphaEdit(Solver):
+    r"""Null-space constrained edit (AlphaEdit, Fang et al. 2025; its closed form with a weight on the ridge).
+
+    .. math:: ΔW^\top = (P (K K^\top + M M^\top) + L_2 I)^{-1} P K R^\top
+
+    ``P`` projects on the directions that the keys of a corpus hardly use, ``M`` holds the keys of past edits. Outputs
+    of keys orthogonal to the range of ``P`` do not move at all.
+
+    ``P`` needs an eigendecomposition per layer. It is kept for as long as the layer comes with the very same covariance
+    tensor, not changed in place since.
+
+    Args:
+        threshold: eigenvectors of ``C`` with an eigenvalue below this span the null space; in squared activations, so
+            it depends on the model's scale. Set it to null to choose by ``energy``.
+        energy: the share of the trace of ``C`` that the null space may hold at most, an alternative to ``threshold``.
+        ridge: ``L2``, the weight of ``‖ΔW‖²``: 10 in the paper's code, 1 in some configs for larger models.
+        memory: keep the keys of past edits, as the paper does.
+
+    Raises:
+        ValueError: unless ``ridge`` is positive and exactly one of ``threshold`` and ``energy`` is given, in range.
+    """
+
+    def __init__(
+        self,
+        threshold: float | None = 2e-2,
+        energy: float | None = None,
+        ridge: float = 10.0,
+        memory: bool = True,
+    ) -> None:
+        super().__init__(memory)
+        check_null_space_choice(threshold, energy)  # here already, so that a bad config fails before any work
+        self.threshold, self.energy = threshold, energy
+        self.ridge = check_positive(ridge, "AlphaEdit's ridge")
+        self._kept: dict[str, KeptProjection] = {}
+
+    @torch.no_grad()
+    def solve(self, problem: Problem) -> LowRank:
+        """The update, of rank ``n`` at most.
+
+        Raises:
+            ValueError: if the covariance is missing or its null space is empty.
+        """
+        kept = self._projection(self.covariance(problem), problem.layer, problem.keys)
+        remembered = self.remembered(problem)
+        kept = (kept if kept.begins(remembered) else kept.forgetting()).with_all(remembered)
+        self._kept[problem.layer] = kept
+        # ΔWᵀ = X Rᵀ where X lies in the range of P, so P S P may stand for P S. With B = L₂ I + P M Mᵀ P the system to
+        # solve is (B + P K Kᵀ P) X = P K, and X = B⁻¹ P K (I + Kᵀ P B⁻¹ P K)⁻¹.
+        x = kept.solve(problem.keys)
+        inner = problem.keys.T @ x
+        inner = (inner + inner.T) / 2
+        inner.diagonal().add_(1.0)
+        return LowRank(left=problem.residual, right=solve_spd(inner, x.T))
+
+    def check_covariance(self, covariance: Tensor, layer: str, device: torch.device) -> None:
+        """Computes the projector, which the first edit will need anyway.
+
+        Raises:
+            ValueError: if the null space is empty.
+        """
+        self._projection(covariance, layer, torch.empty(len(covariance), 0, dtype=torch.float64, device=device))
+
+    def kept_size(self, d: int, p: int) -> int:
+        """The projector, what remembered keys make of it, and the last of them as they are and solved for."""
+        return 2 * p * p + room_for_keys(p) if self.use_memory else p * p
+
+    def projector(self, problem: Problem) -> Tensor:
+        """``P (p, p)`` in float64 for the problem's layer, computed once per covariance.
+
+        Raises:
+            ValueError: if the covariance is missing or its null space is empty.
+        """
+        return self._projection(self.covariance(problem), problem.layer, problem.keys).projector
+
+    def _projection(self, covariance: Tensor, layer: str, like: Tensor) -> KeptProjection:
+        kept = self._kept.get(layer)
+        chosen = (self.threshold, self.energy)
+        if kept is not None and kept.is_of(covariance, like.device) and kept.chosen_by == chosen:
+            return kept if kept.ridge == self.ridge else replace(kept.forgetting(), ridge=self.ridge)
+        kept = KeptProjection.of(covariance, self.ridge, like, threshold=self.threshold, energy=self.energy)
+        if kept is None:
+            raise ValueError(self._no_null_space(covariance, layer))
+        self._kept[layer] = kept
+        return kept
+
+    def _no_null_space(self, covariance: Tensor, layer: str) -> str:
+        values = torch.linalg.eigvalsh(covariance.detach().to(torch.float64))
+        smallest = float(values[0])
+        found = (
+            f"AlphaEdit finds no null space in layer {layer!r}: the smallest of {len(values)} eigenvalues of the key "
+        )
+        if self.energy is None:
+            return (
+                f"{found}covariance is {smallest:.3g}, the threshold {self.threshold:.3g}. Raise the threshold, or set "
+                "it to null and give `energy`, a share of the trace, which does not depend on the model's scale."
+            )
+        return (
+            f"{found}covariance is {smallest:.3g}, already {smallest / float(values.sum()):.2g} of their sum. Raise "
+            f"`energy`, now {self.energy:.3g}."
+        )

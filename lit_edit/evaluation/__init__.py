@@ -1,0 +1,1 @@
+"""What is measured: reliability, generalization, locality, and general abilities."""

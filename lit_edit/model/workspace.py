@@ -1,0 +1,146 @@
+"""Everything an editor works with, bound to one model: architecture, tokenisation, contexts, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_edit.algebra.linalg import version_of
+from lit_edit.model.families import Architecture, Family
+from lit_edit.model.originals import Originals
+from lit_edit.model.passes import Known
+from lit_edit.model.prompts import Prompter, Row, in_context
+from lit_edit.model.stopwatch import Stopwatch
+from lit_edit.requests import EditRequest
+
+KL_PROMPT = "{} is a"
+
+
+@dataclass
+class KeptKeys:
+    """The keys of the batch being edited, for as long as neither a weight nor the contexts change.
+
+    An edit asks for the same keys several times: where its layers are chosen, where its values start from, and where
+    its first layer is solved for. An average of keys is known again by its identity.
+    """
+
+    _of: Any = None
+    _keys: dict[tuple[int, int, str, str, str], tuple[object, Tensor]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forgets all: another batch begins."""
+        self._keys.clear()
+
+    def look_up(
+        self, workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: object
+    ) -> dict[int, Tensor] | None:
+        """The keys as `lit_edit.editors.keys.compute_keys` gives them, if all are there."""
+        now = (tuple(workspace.contexts), [(id(p), version_of(p)) for p in workspace.model.parameters()])
+        if now != self._of:
+            self._of = now
+            self.clear()
+        found = {layer: [self._keys.get(_name(average, layer, r)) for r in requests] for layer in layers}
+        kept = {layer: [key[1] for key in keys if key is not None] for layer, keys in found.items()}
+        if not requests or any(len(keys) < len(requests) for keys in kept.values()):
+            return None
+        return {layer: torch.stack(keys, dim=1) for layer, keys in kept.items()}
+
+    def keep(self, requests: Sequence[EditRequest], average: object, keys: dict[int, Tensor]) -> None:
+        """Keeps what `look_up` did not find."""
+        for layer, found in keys.items():
+            for i, request in enumerate(requests):
+                # With the average, so that its identity is not given to another while the key is here.
+                self._keys[_name(average, layer, request)] = average, found[:, i]
+
+
+def _name(average: object, layer: int, request: EditRequest) -> tuple[int, int, str, str, str]:
+    return id(average), layer, request.prompt, request.subject, request.target_new
+
+
+@dataclass
+class Workspace:
+    """One model and what has been prepared for editing it.
+
+    ``contexts`` are templates with one ``{}`` for the prompt, the bare ``{}`` first; they are part of an edit's
+    definition. Each for the layers where it was asked for: ``covariances`` maps a layer to C = E[k kᵀ] (p, p),
+    ``gradients`` to the gradient of the language-model loss on a corpus (d, p). ``originals`` are the weights before
+    the first edit, for all who ask; whoever writes to one tells it before. ``stopwatch`` counts the seconds of an edit
+    by stage. ``cuts`` is what was found out about passes of the model that are cut (`lit_edit.model.passes`),
+    ``keys`` are those of the batch being edited.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    architecture: Architecture
+    prompter: Prompter
+    contexts: list[str]
+    covariances: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    cuts: Known = field(default_factory=Known)
+    keys: KeptKeys = field(default_factory=KeptKeys)
+    originals: Originals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.originals = Originals(self.model)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        contexts: Sequence[str] = ("{}",),
+        family: Family | None = None,
+        chat_template: bool = False,
+    ) -> Workspace:
+        """Binds a model and its tokenizer.
+
+        Args:
+            model: a causal language model of `transformers`.
+            tokenizer: its fast tokenizer.
+            contexts: as above.
+            family: where a model of an unknown kind keeps its parts.
+            chat_template: put every prompt into the tokenizer's chat template, see `lit_edit.model.prompts.chat_frame`.
+        """
+        prompter = Prompter.of(model, tokenizer, chat_template)
+        return cls(model, tokenizer, Architecture(model, family), prompter, list(contexts))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.architecture.device
+
+    def original(self, layer: int) -> Tensor | None:
+        """``W_0 (d, p)``, a layer's weight before its first edit; None where nobody has asked for originals.
+
+        It lies on the CPU, or, while the layer has not been edited, is the weight itself (`Originals.get`).
+
+        Raises:
+            ValueError: if the weight was changed without its originals being told.
+        """
+        part = self.architecture[layer]
+        stored = self.originals.get(part.name)
+        return stored.T if stored is not None and part.transposed else stored
+
+    def rewriting_rows(self, request: EditRequest, contexts: Sequence[str] | None = None) -> list[Row]:
+        """The edit prompt and its target within every context, the subject located behind the context.
+
+        A context that would make the text longer than the model takes is left out for this request; the bare prompt
+        never is (`RequestError`).
+        """
+        rows = []
+        for context in self.contexts if contexts is None else contexts:
+            prompt, before = in_context(context, request.prompt)
+            if before and self.prompter.length(prompt, request.target_new) > self.prompter.max_length:
+                continue
+            rows.append(self.prompter.row(prompt, request.target_new, request.subject, request.source, before))
+        return rows
+
+    def essence_row(self, request: EditRequest) -> Row:
+        """ "{subject} is a", whose next-token distribution the KL term preserves."""
+        # The first occurrence: a subject like "a" stands in the template's own words, too.
+        return self.prompter.row(KL_PROMPT.format(request.subject), "", request.subject, request.source, first=True)

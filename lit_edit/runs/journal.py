@@ -1,0 +1,104 @@
+"""The record of a run: every edit applied, in order, in plain types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_edit.requests import EditRequest
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One applied edit.
+
+    Args:
+        number: counts from 1.
+        case_id, prompt, subject, target_new: of the request.
+        layers: where it was applied.
+        loss: of the value optimisation when it stopped.
+        p_value: probability of the new target with v* in place, before the weights were changed.
+        p_target: the same on the edited weights, right after the update.
+        steps: of the value optimisation.
+        change: per layer, the Frobenius norm of the change relative to the weight's.
+        seconds: for the edit's share of its batch.
+        stages: the same by stage: ``layers`` (choosing them), ``values``, ``keys``, ``solve``, ``restrain``, ``write``,
+            ``score`` (of ``p_target``) and ``other``.
+        rounding: per layer, what the rounding to the weight's dtype took of the change, from 0 to 1 (nothing written);
+            see `lit_edit.algebra.updates.Update.apply_`. Where it is carried to the next edit, what of all edits so far is not
+            stored, beside this change.
+    """
+
+    number: int
+    case_id: str
+    prompt: str
+    subject: str
+    target_new: str
+    layers: list[int]
+    loss: float
+    p_value: float
+    p_target: float
+    steps: int
+    change: dict[str, float]
+    seconds: float
+    stages: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
+
+
+class Journal:
+    """The edits of a run and the requests they came from."""
+
+    def __init__(self) -> None:
+        self.edits: list[Edit] = []
+        self.requests: list[EditRequest] = []
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self.edits)
+
+    def __getitem__(self, index: int) -> Edit:
+        return self.edits[index]
+
+    def add(self, request: EditRequest, edit: Edit) -> None:
+        """Appends an edit."""
+        self.edits.append(edit)
+        self.requests.append(request)
+
+    def seconds_by_stage(self) -> dict[str, float]:
+        """Mean seconds of an edit by stage, in the order in which stages first occur, and their sum as ``total``.
+
+        A stage counts as 0 for edits that did not go through it.
+        """
+        stages = dict.fromkeys(stage for edit in self.edits for stage in edit.stages)
+        means = {stage: sum(e.stages.get(stage, 0.0) for e in self.edits) / len(self.edits) for stage in stages}
+        return {**means, "total": sum(e.seconds for e in self.edits) / len(self.edits)} if self.edits else {}
+
+    def write(self, path: Path) -> None:
+        """Writes one JSON object a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in self.edits), encoding="utf-8")
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The edits in plain types, with what identifies their requests."""
+        return [asdict(e) for e in self.edits]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]], requests: Sequence[EditRequest]) -> None:
+        """Restores the edits; their requests are found again by case id.
+
+        Raises:
+            ValueError: if the data no longer hold a request that was applied.
+        """
+        known = {r.case_id: r for r in requests}
+        edits = [Edit(**e) for e in state]
+        missing = [e.case_id for e in edits if e.case_id not in known]
+        if missing:
+            raise ValueError(
+                f"The checkpoint holds {len(edits)} edits, but the data lack {len(missing)} of their requests (case "
+                f"{missing[0]!r} first): resume with the data the run was started with."
+            )
+        self.edits, self.requests = edits, [known[e.case_id] for e in edits]

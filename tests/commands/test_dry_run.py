@@ -1,0 +1,465 @@
+"""`fit --dry_run`: what it says comes true, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import random
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import FAMILIES, tiny_model
+from helpers.runs import CORPUS, data, facts, quick_editor, write_corpus, write_facts
+from lit_edit.callbacks import EveryNEdits
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lit_edit import EditRequest, load_editor, load_model
+from lit_edit.cli import main
+from lit_edit.commands.dry_run import memory_at_hand, skeleton
+from lit_edit.commands.estimate import (
+    Memory,
+    Time,
+    editing_time,
+    memory_needed,
+    questions_asked,
+    size_text,
+    time_text,
+    weight_bytes,
+)
+from lit_edit.editors import Editor
+from lit_edit.editors.layers import FixedLayers
+from lit_edit.editors.solvers import MOSE, MOSEKey, Problem
+from lit_edit.editors.solvers.mose_key import FOLD_AT
+from lit_edit.model.workspace import Workspace
+from lit_edit.session import EditSession
+from lit_edit.statistics.gradient import GradientCollector
+
+Folder = Callable[[str], Path]
+Said = pytest.CaptureFixture[str]
+
+
+def requests(count: int = 5) -> list[EditRequest]:
+    return [EditRequest(f["case_id"], f["prompt"], f["subject"], f["target_new"]) for f in facts(count)]
+
+
+@pytest.fixture
+def arguments(tiny_folder: Folder, tmp_path: Path) -> Callable[..., list[str]]:
+    """A complete command line on a tiny model, runs in ``tmp_path / "runs"``."""
+
+    def command(method: str = "memit", n: int = 4, **changes: Any) -> list[str]:
+        return [
+            *("fit", "--config", f"{method}.yaml", "--model.model", str(tiny_folder("llama"))),
+            *("--model.corpus", str(write_corpus(tmp_path)), "--model.cache_dir", str(tmp_path / "cache")),
+            *("--data", "FactsDataModule", "--data.path", str(write_facts(tmp_path, n, **changes))),
+            *("--data.n_edits=null", "--trainer.default_root_dir", str(tmp_path / "runs")),
+            *("--trainer.accelerator=cpu", "--downstream.n_items=0", "--model.editor.values.steps=2"),
+            *(["--model.editor.layers.steps=2"] if method == "mose" else ["--model.editor.layers.layers=[1,2]"]),
+        ]
+
+    return command
+
+
+Command = Callable[..., list[str]]
+
+
+# The command
+
+
+@pytest.mark.parametrize("method", ["memit", "mose"])
+def test_nothing_is_written_and_everything_is_said(
+    arguments: Command, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    command = arguments(method, prompt="The capital of France is", subject="France")  # the second fact contradicts
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*command, "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    for words in (
+        "weights",
+        "key covariances",
+        "original weights",  # for the figures of matrices
+        "memory at hand",
+        "4 facts to write",
+        "contradicts c0",
+        "statistics",
+        "4 edits would take about",
+        "and need about",
+        "Nothing was written.",
+    ):
+        assert words in said
+    assert said.index("key covariances") < said.index("4 facts to write") < said.index("would take")
+
+
+def test_a_run_after_a_rehearsal_is_the_run_without_one(arguments: Command, tmp_path: Path, capsys: Said) -> None:
+    assert main([*arguments(), "--dry_run"]) == 0
+    assert main(arguments()) == 0
+    assert len((tmp_path / "runs" / "memit" / "version_0" / "edits.jsonl").read_text().splitlines()) == 4
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    assert kept
+    capsys.readouterr()
+    assert main([*arguments(), "--dry_run"]) == 0  # with the statistics that are there by now
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == kept
+    assert not (tmp_path / "runs" / "memit" / "version_1").exists()
+
+
+def test_a_model_larger_than_the_memory_is_never_loaded(
+    arguments: Command, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lit_edit.module.load_model", never)
+    monkeypatch.setattr("lit_edit.commands.dry_run.memory_at_hand", lambda device: 50_000)
+    assert main([*arguments(), "--dry_run"]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert "for what lasts alone, 50 kB of memory are at hand: take --model.dtype=bfloat16" in line
+    assert "key covariances" in said.out
+
+
+def test_errors_of_a_run_are_those_of_its_rehearsal(arguments: Command, tmp_path: Path, capsys: Said) -> None:
+    for given, words in (
+        (["--model.model", str(tmp_path / "none")], "no model there"),
+        (["--model.editor.layers.layers=[9]"], "Layer 9 does not exist"),
+        (["--data.path", str(tmp_path / "none.csv")], "there is no such file"),
+    ):
+        assert main([*arguments(), *given, "--dry_run"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+
+
+def test_missing_statistics_that_may_not_be_collected_end_the_rehearsal_too(arguments: Command, capsys: Said) -> None:
+    given = [*arguments(), "--model.collect_statistics=false"]
+    for command in ([*given, "--dry_run"], given):
+        assert main(command) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "covariances of model.layers.1.mlp.down_proj" in line
+        assert "collect them with" in line
+    assert main(arguments()) == 0
+    assert main([*given, "--dry_run"]) == 0  # they are there by now
+
+
+@pytest.mark.filterwarnings("ignore:The key covariance was counted over 20 tokens, fewer than a key's")
+def test_a_corpus_too_short_for_the_method_ends_the_rehearsal_too(arguments: Command, capsys: Said) -> None:
+    """And only for a method that inverts what its few tokens leave singular."""
+    for method, status in (("memit", 2), ("mose", 0)):
+        given = [*arguments(method), "--model.corpus_tokens=20"]
+        for command in ([*given, "--dry_run"], given):
+            assert main(command) == status
+            said = capsys.readouterr().err
+            assert ("matrix to invert is not positive definite" in said) == (status == 2)
+
+
+def test_a_rehearsal_warns_of_few_tokens_as_the_run_does(arguments: Command) -> None:
+    with pytest.warns(UserWarning, match="counted over 200 tokens, fewer than 10 for each") as warned:
+        assert main([*arguments(), "--model.corpus_tokens=200", "--dry_run"]) == 0
+    assert len([w for w in warned if "key covariance" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("field", ["rephrase_prompt", "locality_prompt"])
+def test_a_probe_too_long_in_a_later_record_is_found_before_anything_else(
+    arguments: Command, tmp_path: Path, capsys: Said, field: str
+) -> None:
+    command = arguments(n=4, **{field: "The sea of Peru is " * 30})
+    for given in ([*command, "--dry_run"], command):
+        assert main(given) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"error: facts.json, record 2, field '{field}': ")
+        assert "facts to write" not in said.out
+    assert not list(tmp_path.rglob("*.safetensors*"))  # no statistics either
+
+
+def test_all_mistakes_in_the_facts_are_said_at_once(arguments: Command, tmp_path: Path, capsys: Said) -> None:
+    command = arguments()
+    records = facts(5)
+    records[1]["target_new"], records[3]["subject"] = "", "nobody"
+    (tmp_path / "facts.json").write_text(json.dumps(records), encoding="utf-8")
+    for given in ([*command, "--dry_run"], command):
+        assert main(given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: 2 of 5 records cannot be edited: facts.json, record 2, field 'target_new'")
+        assert "facts.json, record 4, field 'subject': 'nobody' does not occur" in line
+        hint = line[line.index("--data.") :].split()[0]
+    with pytest.warns(UserWarning, match="2 of 5 records cannot be edited and are left out") as warned:
+        assert main([*command, hint, "--dry_run"]) == 0
+    assert len([w for w in warned if "are left out" in str(w.message)]) == 1
+    assert "3 facts to write (3 rephrasings, 3 locality probes)" in capsys.readouterr().out
+
+
+def test_a_run_says_in_one_line_what_deserves_a_look(arguments: Command, capsys: Said) -> None:
+    assert main([*arguments(prompt="The capital of France is", subject="France"), "--export.model=false"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "facts to write" in line]
+    assert line.startswith(
+        "4 facts to write (4 rephrasings, 4 locality probes): 0 already known, 0 given twice, 1 contradicting an "
+        "earlier one ("
+    )
+    assert (
+        "facts.json, record 2 wants 'Oslo' for 'The capital of France is' where facts.json, record 1 wants 'Lyon'"
+        in line
+    )
+
+
+# Memory
+
+
+def stored(tensors: Any) -> int:
+    """Bytes of tensors, each storage once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class Highest(TorchDispatchMode):
+    """The most bytes that tensors made within it took at once, those of the program before it left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self._now, self._alive = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata in given or storage._cdata in self._alive:
+                continue
+            self._alive.add(storage._cdata)
+            self._now += storage.nbytes()
+            self.bytes = max(self.bytes, self._now)
+            weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+    def _freed(self, place: int, size: int) -> None:
+        self._alive.discard(place)
+        self._now -= size
+
+
+def session(family: str, editor: Editor, tmp_path: Path) -> EditSession:
+    model, tokenizer = tiny_model(family)
+    return EditSession(model, tokenizer, editor, CORPUS.splitlines(), "test", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_its_weights_counts_the_same(family: str, tiny_folder: Folder) -> None:
+    for dtype in ("float32", "bfloat16"):
+        hollow, _ = skeleton(str(tiny_folder(family)), dtype) or (None, None)
+        whole, _ = load_model(str(tiny_folder(family)), dtype)
+        assert hollow is not None
+        assert weight_bytes(hollow) == weight_bytes(whole) == stored([*whole.parameters(), *whole.buffers()])
+        assert stored(hollow.parameters()) <= 8 * len(list(hollow.parameters()))
+        assert {n: p.shape for n, p in hollow.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
+    assert skeleton(str(tiny_folder(family) / "nowhere"), "float32") is None
+
+
+def test_what_rounding_takes_of_half_precision_weights_is_as_large_as_they_are(tmp_path: Path) -> None:
+    editor = quick_editor("memit")
+    made = session("llama", editor, tmp_path)
+    assert "what rounding took" not in memory_needed(made.workspace, editor, requests(), 1).lasting
+    made.model.to(torch.bfloat16)
+    half = memory_needed(made.workspace, editor, requests(), 1)
+    assert half.lasting["what rounding took"] == stored(part.weight for part in made.editable)
+    editor.writing.remainders.on = False  # type: ignore[attr-defined]
+    assert memory_needed(made.workspace, editor, requests(), 1).total < half.total
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["memit", "alphaedit", "o-edit-memit", "mose", "ft"])
+def test_what_lasts_is_as_large_as_the_tensors(method: str, family: str, tmp_path: Path) -> None:
+    editor = load_editor(method)
+    if method == "ft":
+        editor.layers = [1, 2]  # type: ignore[attr-defined]
+    else:
+        editor = quick_editor(method)
+    made = session(family, editor, tmp_path)
+    workspace = made.workspace
+    found = memory_needed(workspace, editor, requests(), 1).lasting
+    assert found.pop("weights") == stored([*made.model.parameters(), *made.model.buffers()])
+    real = {
+        "key covariances": stored(workspace.covariances.values()),
+        "language-model gradients": stored(workspace.gradients.values()),
+    }
+    for name, size in real.items():
+        assert found.pop(name, 0) == size, name
+    if method == "ft":
+        assert found == {"trained copies of weights": 16 * sum(part.weight.numel() for part in made.editable)}
+        return
+    for request in requests():
+        made.apply(made.plan([request]))
+    assert found.pop("original weights", 0) == stored(workspace.originals.copies.values())
+    keys = stored(editor.memory.values())  # type: ignore[attr-defined]
+    assert keys <= found.pop("keys of past edits") <= keys * (3 if method == "mose" else 1)
+    kept = sum(found.values())
+    if method == "alphaedit":
+        parts = [editor.solver._kept[part.name] for part in made.editable]  # type: ignore[attr-defined]
+        real_kept = sum(stored([k.projector, k.inverse, k.fresh, k.solved, k.inner]) for k in parts)
+        assert sum(part.projector.nbytes for part in parts) <= real_kept <= kept
+
+
+def test_what_rotations_keep_from_edit_to_edit() -> None:
+    """On a width at which they keep anything; a narrower one is solved by a dense decomposition every time."""
+    g = torch.Generator().manual_seed(0)
+    d, p = 96, 128
+    weight, root = torch.randn(d, p, generator=g).double(), torch.randn(p, 2 * p, generator=g).double()
+    covariance, memory = root @ root.T / (2 * p), torch.zeros(p, 0).double()
+    for solver in (MOSE(), MOSEKey()):
+        for _ in range(3):
+            key, value = torch.randn(p, 1, generator=g).double(), torch.randn(d, 1, generator=g).double()
+            solver.solve(Problem(weight, key, value, covariance=covariance, memory=memory, layer="x"))
+            memory = torch.cat([memory, key], dim=1)
+        kept = solver._carried["x"] if isinstance(solver, MOSE) else solver._kept["x"]
+        real = stored([kept.preserved.vectors, kept.preserved.factor.clone()])
+        if isinstance(solver, MOSEKey):
+            real += stored(solver._triangles.values()) + 8 * p * (FOLD_AT - kept.preserved.factor.shape[1])
+        assert real <= 8 * solver.kept_size(d, p) <= 2 * real
+        assert type(solver)(method="svd").kept_size(d, p) == (d * d if isinstance(solver, MOSEKey) else 0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_values_keep_about_what_is_foreseen(family: str, batch: int, tmp_path: Path) -> None:
+    """What the backward pass really keeps, over complete passes, is neither far below nor far above the estimate."""
+    editor = quick_editor("memit")
+    editor.layers, editor.values.site, editor.values.steps = FixedLayers([0]), "mlp", 1
+    editor.values.complete_passes = True
+    made = session(family, editor, tmp_path)
+    weights = {p.untyped_storage().data_ptr() for p in made.model.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage  # held, so that no address is given out twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        made.plan(requests(batch))
+    real = sum(storage.nbytes() for storage in seen.values())
+    foreseen = memory_needed(made.workspace, editor, requests(batch), batch).passing["values"]
+    assert real / 2.5 < foreseen < 2.5 * real
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_gradient_pass_keeps_about_what_is_foreseen(family: str, tmp_path: Path) -> None:
+    """Everything that is alive at once while a loss over a batch of texts is derived by the layers' outputs."""
+    editor = quick_editor("o-edit-memit")
+    made = session(family, editor, tmp_path)
+    workspace = made.workspace
+    length = min(256, workspace.prompter.max_length)
+    ids = torch.randint(3, workspace.prompter.vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
+    collector = GradientCollector({part.name: part.projection for part in made.editable})
+    collector.add(workspace.model, ids, torch.ones_like(ids, dtype=torch.bool))  # what lasts is there then
+    with Highest() as highest:
+        collector.add(workspace.model, ids, torch.ones_like(ids, dtype=torch.bool))
+    collector.remove()
+    foreseen = memory_needed(workspace, editor, requests(), 1).passing["collecting gradients"]
+    assert highest.bytes / 1.5 < foreseen < 2.5 * highest.bytes
+    assert "collecting gradients" not in memory_needed(workspace, quick_editor("memit"), requests(), 1).passing
+
+
+@pytest.mark.parametrize(("method", "asks"), [("mose", False), ("prune", True)])
+def test_original_weights_are_foreseen_where_somebody_asks_and_never_on_a_gpu(
+    method: str, asks: bool, tmp_path: Path
+) -> None:
+    editor = quick_editor(method)
+    made = session("gpt2", editor, tmp_path)
+    every = stored(part.weight for part in made.editable)
+    for others, on_gpu in ((False, False), (True, False), (False, True), (True, True)):
+        found = memory_needed(made.workspace, editor, requests(), 1, keeps_originals=others, on_gpu=on_gpu).lasting
+        assert found.get("original weights", 0) == (every if (asks or others) and not on_gpu else 0)
+
+
+def test_the_highest_counts_and_what_lasts_adds_up() -> None:
+    memory = Memory({"a": 3, "b": 4}, {"c": 5, "d": 9})
+    assert (memory.kept, memory.total) == (7, 16)
+    assert Memory({"a": 3}, {}).total == 3
+
+
+def test_a_larger_batch_and_longer_run_never_need_less(tiny_folder: Folder) -> None:
+    hollow, tokenizer = skeleton(str(tiny_folder("llama")), "float32") or (None, None)
+    assert hollow is not None
+    workspace = Workspace.of(hollow, tokenizer)
+    for method in ("memit", "mose", "alphaedit", "rome"):
+        editor = quick_editor(method)
+        needs = [memory_needed(workspace, editor, requests(n), n).total for n in (1, 2, 5)]
+        assert needs == sorted(needs)
+
+
+def test_memory_at_hand_is_what_the_machine_has() -> None:
+    found = memory_at_hand(torch.device("cpu"))
+    assert found is None or found > 10_000_000
+
+
+def test_files_that_were_read_do_not_take_memory_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {
+        "memory.max": "5000\n",
+        "memory.current": "4500\n",
+        "memory.stat": "anon 1500\nactive_file 2000\ninactive_file 900\nfile 3000\n",
+    }.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    group = (str(tmp_path), "memory.max", "memory.current", ("active_file", "inactive_file"))
+    monkeypatch.setattr("lit_edit.commands.dry_run._GROUPS", (group,))
+    assert memory_at_hand(torch.device("cpu")) == 5000 - 4500 + 2900
+    (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")  # no limit: what the machine has
+    assert (memory_at_hand(torch.device("cpu")) or 1e9) > 5000
+
+
+# Time
+
+
+def test_the_first_batch_counts_once() -> None:
+    found = editing_time({"values": 2.0, "solve": 10.0}, {"values": 1.0, "write": 0.5}, n_edits=7, batch_size=2)
+    assert found == {"values": 2 * 2 + 5, "solve": 20, "write": 2.5}
+    assert editing_time({"a": 1.0}, {"a": 9.0}, n_edits=1, batch_size=5) == {"a": 1.0}
+    assert Time({"x": 1.0}, found, {"y": 2.0}).total == 3 + 9 + 20 + 2.5
+
+
+def test_questions_are_counted_as_the_callback_asks_them() -> None:
+    class Counting(EveryNEdits):
+        asked = 0
+
+        def measure(self, trainer: Any, pl_module: Any, edits: int) -> dict[str, float]:
+            self.asked += edits if edits else trainer.n
+            return {}
+
+    rng = random.Random(0)
+    for _ in range(200):
+        n, batch = rng.randint(1, 40), rng.randint(1, 7)
+        every: Any = rng.randint(1, 12) if rng.random() < 0.5 else sorted(rng.sample(range(1, 50), rng.randint(1, 4)))
+        start, end = rng.random() < 0.5, rng.random() < 0.5
+        callback = Counting(every, start, end)
+        module: Any = torch.nn.Linear(1, 1)
+        module.edits_applied = 0
+        trainer: Any = SimpleNamespace(n=n, callback_metrics={}, is_global_zero=True, loggers=[], global_step=0)
+        for done in range(0, n, batch):
+            module.edits_applied = done
+            callback.on_train_batch_start(trainer, module, None, 0)
+        module.edits_applied = n
+        callback.on_train_end(trainer, module)
+        assert questions_asked(n, batch, every, start, end) == callback.asked, (n, batch, every, start, end)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(12, "12 B"), (999, "999 B"), (1000, "1 kB"), (34_989_120, "35 MB"), (1.6e10, "16 GB"), (3.2e12, "3.2 TB")],
+)
+def test_sizes_in_words(size: float, text: str) -> None:
+    assert size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.001, "< 0.01 s"), (0.4, "0.4 s"), (42, "42 s"), (720, "12 min"), (12_240, "3.4 h")]
+)
+def test_times_in_words(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+def test_the_data_module_is_read_as_a_run_reads_it(tmp_path: Path) -> None:
+    module = data(tmp_path, 3)
+    module.setup("fit")
+    assert [r.case_id for r in module.requests] == [r.case_id for r in requests(3)]

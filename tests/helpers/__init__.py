@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, facts and small runs, independent references."""
