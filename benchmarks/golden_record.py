@@ -45,8 +45,9 @@ def run(config: Path, folder: Path, edits: int) -> dict[str, Any]:
     log = folder / config.stem / "version_0"
     content = torch.load(log / "checkpoints" / "edits.ckpt", map_location="cpu", weights_only=True)
     weights = {
-        name: hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-        for name, weight in content["state_dict"].items()
+        str(layer): hashlib.sha256(site["stored"].contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        for layer, site in content["lit_edit"]["sites"].items()
+        if "stored" in site
     }
     journal = [json.loads(line) for line in (log / "edits.jsonl").read_text(encoding="utf-8").splitlines()]
     return {"weights": weights, "journal": [{k: v for k, v in e.items() if k not in TIMES} for e in journal]}

@@ -23,9 +23,6 @@ class Exporting(Protocol):
     def export(self, folder: str | Path) -> None:
         """Writes the model into a folder."""
 
-    def keep_originals(self) -> None:
-        """Has each weight that is edited kept as it was before."""
-
     def export_delta(self, path: str | Path) -> object:
         """Writes what the edits changed into a file."""
 
@@ -37,8 +34,7 @@ class ExportModel(Callback):
         dirpath: the model's folder; ``model`` in the run's log directory if None.
         model: whether to write the model; ``edits.jsonl`` is written in any case.
         delta: whether to write ``delta.safetensors`` into the log directory, which turns the original model into the
-            edited one, bit by bit (`lit_edit.load_delta`). The module meanwhile keeps each edited weight as it was
-            before, on the CPU, once for all who ask.
+            edited one, bit by bit (`lit_edit.load_delta`).
     """
 
     def __init__(self, dirpath: str | None = None, model: bool = True, delta: bool = False) -> None:
@@ -46,11 +42,6 @@ class ExportModel(Callback):
         self.dirpath = dirpath
         self.model = model
         self.delta = delta
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.delta and trainer.is_global_zero:
-            cast(Exporting, pl_module).keep_originals()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -125,11 +125,10 @@ class MatrixStability(EveryNEdits):
     ``stability/<parameter>/<figure>``, and over all of them ``stability/worst_condition_number``,
     ``stability/worst_spectrum_drift``, ``stability/mean_frobenius_norm`` and ``stability/mean_relative_drift``.
 
-    Drift is measured from the weights before the first edit. `lit_edit.LitEdit` keeps those that are edited, once for
-    all who ask, and finds them again in the unedited model when a run is resumed. For a module without
-    ``keep_originals()`` and ``original_parameter(name)`` a copy of the watched matrices is kept here, on the CPU, and
-    saved in checkpoints, which grow by as much. Where a checkpoint holds no copy, because the callback was added later,
-    drift starts at the resumed weights, with a warning.
+    Drift is measured from the weights before the first edit. `lit_edit.LitEdit` keeps those that are edited, and finds
+    them again in the unedited model when a run is resumed. For a module without ``original_parameter(name)`` a copy of
+    the watched matrices is kept here, on the CPU, and saved in checkpoints, which grow by as much. Where a checkpoint
+    holds no copy, because the callback was added later, drift starts at the resumed weights, with a warning.
 
     Args:
         parameters: names or shell-style patterns (``*`` also matches dots) of the parameters to watch. By default
@@ -173,13 +172,6 @@ class MatrixStability(EveryNEdits):
     def reset(self) -> None:
         super().reset()
         self._reference, self._spectra = {}, {}
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        keep = getattr(pl_module, "keep_originals", None)
-        if stage == "fit" and callable(keep) and count_edits(trainer, pl_module) == 0:
-            keep()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -39,9 +39,7 @@ from lit_edit.commands.messages import one_line, readable
 from lit_edit.commands.review import review, review_line
 from lit_edit.configs.find import find_config, read_config
 from lit_edit.datamodules import EditDataModule, FactsDataModule
-from lit_edit.editors import Editor, LocateThenEdit
-from lit_edit.editors.layers import FixedLayers
-from lit_edit.editors.values import Plain
+from lit_edit.editors import Editor
 from lit_edit.files import check_checkpoint
 from lit_edit.model.families import Architecture
 from lit_edit.model.loading import EMBEDDED
@@ -282,7 +280,7 @@ class EditCLI(LightningCLI):
     def before_fit(self) -> None:
         """Notes in ``results.json`` what is run."""
         model, data = self.model, self.datamodule
-        method = describe(model.editor)
+        method = model.editor.describe()
         if self.trainer.is_global_zero:
             print(
                 f"Editing {model.model_name!r} with {method}, requests of {type(data).__name__}. "
@@ -336,32 +334,6 @@ class _FactsReview(Callback):
         if not pl_module.edits_applied:
             model: Any = pl_module.model
             print(review_line(review(data.requests, model, pl_module.prompter)), flush=True)
-
-
-def describe(editor: Editor) -> str:
-    """What a method is made of, where it departs from the plain solver: ``MEMIT with EAC + PRUNE``.
-
-    Example:
-        >>> from lit_edit import load_editor
-        >>> describe(load_editor("memit"))
-        'MEMIT'
-        >>> describe(load_editor("mose"))
-        'MOSE, layers by ActivationSelection'
-    """
-    restrained = "".join(f" + {type(restraint).__name__}" for restraint in editor.restraints)
-    if not isinstance(editor, LocateThenEdit):
-        return type(editor).__name__ + restrained
-    values = editor.values
-    shaped = [values.schedule] if not isinstance(values.schedule, Plain) else []
-    name = type(editor.solver).__name__
-    if special := [*shaped, *values.penalties]:
-        name += f" with {', '.join(type(part).__name__ for part in special)}"
-    name += restrained
-    if editor.value_keys is not None:
-        name += f", values at {type(editor.value_keys).__name__}"
-    if not isinstance(editor.layers, FixedLayers):
-        name += f", layers by {type(editor.layers).__name__}"
-    return name
 
 
 def _version_of(ckpt_path: Any, runs: Path) -> str | None:

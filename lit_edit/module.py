@@ -14,7 +14,7 @@ from lit_edit.model.families import Family
 from lit_edit.model.loading import EMBEDDED, load_model, on_terminal, save_model
 from lit_edit.model.prompts import Prompter
 from lit_edit.requests import EditRequest
-from lit_edit.runs.checkpoint import VerifiedCheckpointIO
+from lit_edit.runs.checkpoint import VerifiedCheckpointIO, reopen_end, reopen_epoch
 from lit_edit.runs.delta import DeltaHeader, save_delta
 from lit_edit.runs.journal import Edit, Journal
 from lit_edit.session import EditSession
@@ -82,7 +82,6 @@ class LitEdit(L.LightningModule):
         self.last_edits: list[Edit] = []
         self._pending: Plan | None = None
         self._fingerprint: str | None = None  # of the unedited model
-        self._keeps_originals = False
 
     @property
     def journal(self) -> Journal:
@@ -112,25 +111,24 @@ class LitEdit(L.LightningModule):
             raise RuntimeError("The editable weights are known once a fit has been set up.")
         return self.session.edited_weights()
 
-    def original_parameter(self, name: str) -> Tensor | None:
-        """A parameter as it was before the first edit, for callbacks that compare; ask for it with `keep_originals`.
+    def original_parameter(self, name: str) -> Tensor:
+        """A parameter as it was before the first edit, for callbacks that compare.
 
         Args:
             name: as in `edited_parameters`, or as in ``named_parameters`` of this module.
 
         Returns:
             A copy on the CPU, shared by all who ask; of a parameter that was never edited the parameter itself,
-            detached. None where nobody asked before the first edit. Not to be changed, and not to be held across an
-            edit.
+            detached. Not to be changed, and not to be held across an edit.
 
         Raises:
-            AttributeError: if the model has no such parameter.
-            ValueError: if the parameter was changed by other means than an edit, so that its original is lost.
+            AttributeError: If the model has no such parameter.
         """
         if self.session is None:
             raise RuntimeError("The original weights are known once a fit has been set up.")
         own = name.removeprefix(_PREFIX) if name in dict(self.named_parameters()) else name
-        return self.session.workspace.originals.get(own)
+        site = next((site for site in self.session.sites if site.name == own), None)
+        return self.model.get_parameter(own).detach() if site is None else site.original_stored
 
     def _requests(self) -> list[EditRequest]:
         """All requests of the run, where the data module offers them."""
@@ -162,8 +160,6 @@ class LitEdit(L.LightningModule):
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None and on_terminal(),
         )
         self._fingerprint = model_fingerprint(self.model)
-        if self._keeps_originals:
-            self.session.workspace.originals.keep()
         # Without a data module of this project the requests are seen, and checked, batch by batch only.
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
         self.session.check(self._requests(), batch_size)
@@ -244,146 +240,48 @@ class LitEdit(L.LightningModule):
         epoch: Any = self.trainer.fit_loop.epoch_progress.current
         if epoch.processed > epoch.completed:
             session.finish()
-        editable, originals = session.edited_weights(), session.workspace.originals
-        checkpoint["state_dict"] = {_PREFIX + name: w.cpu() for name, w in editable.items() if originals.changed(name)}
-        checkpoint[CHECKPOINT_KEY] = {
-            "editable": {_PREFIX + name: list(w.shape) for name, w in editable.items()},
-            "editor": {name: tensor.cpu() for name, tensor in self.editor.state_dict().items()},
-            "contexts": list(session.workspace.contexts),
-            "cuttable": session.workspace.cuts.cuttable,
-            "journal": session.journal.state_dict(),
-            "original": self._fingerprint,
-        }
+        checkpoint["state_dict"] = {}
+        checkpoint[CHECKPOINT_KEY] = {"original": self._fingerprint, **session.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` kept, and takes the originals from the model as it is now, unedited.
+        """Restores what `on_save_checkpoint` kept; the originals are the model's weights as they are now, unedited.
 
         Raises:
-            ValueError: if the checkpoint is none of an editing run, or of another model or other layers (Lightning
-                would pass over its weights in silence), or if this module has since edited layers that are unedited in
-                the checkpoint, and has not kept their originals.
+            ValueError: If the checkpoint is none of an editing run, or of another model or other layers.
         """
         session, state = self._session(), checkpoint.get(CHECKPOINT_KEY)
         if state is None:
             raise ValueError("The checkpoint was not made by LitEdit: it holds no record of edits.")
-        weights = {name: tuple(w.shape) for name, w in checkpoint["state_dict"].items()}
-        # The first version of these checkpoints held all editable weights and did not name them.
-        saved = {name: tuple(shape) for name, shape in state.get("editable", weights).items()}
-        here = {_PREFIX + name: tuple(w.shape) for name, w in session.edited_weights().items()}
-        if saved != here or not weights.items() <= saved.items():
+        if state.get("original") != self._fingerprint:
             raise ValueError(
-                f"The checkpoint holds the weights {_named(saved | weights)}, this run edits {_named(here)}: resume "
-                "with the model and layers the run was started with."
+                "The checkpoint was made from another model, or the same in another dtype: resume with the model and "
+                "dtype the run was started with."
             )
-        if state.get("original") not in (None, self._fingerprint):
-            raise ValueError(
-                "The checkpoint was made from a model with the same layers and other weights: resume with the model "
-                "and dtype the run was started with."
-            )
-        checkpoint["state_dict"] = self._replacing(checkpoint["state_dict"])
-        device = session.workspace.device
-        self.editor.load_state_dict({name: tensor.to(device) for name, tensor in state["editor"].items()})
-        session.workspace.contexts = list(state["contexts"])
-        session.workspace.cuts.cuttable = state.get("cuttable", True)
         requests = self._requests()
-        session.journal.load_state_dict(state["journal"], requests)
+        session.load_state_dict(state, requests)
         if len(session.journal) < len(requests):
-            _reopen_epoch(checkpoint)
+            reopen_epoch(checkpoint)
         else:
-            _reopen_end(checkpoint)
-
-    def _replacing(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights that have to be written to get from the present ones to those of a checkpoint.
-
-        Layers that it does not hold are unedited in it.
-        """
-        session = self._session()
-        originals, replacing = session.workspace.originals, {}
-        for name, weight in session.edited_weights().items():
-            wanted = saved.get(_PREFIX + name)
-            if wanted is None:
-                if not originals.changed(name):
-                    continue
-                wanted = originals.get(name)
-                if wanted is None:
-                    raise ValueError(
-                        f"The weight {name!r} is unedited in the checkpoint, was edited since, and was not kept as it "
-                        "was: load the checkpoint into a module that has not been fitted."
-                    )
-            if originals.changed(name) or not torch.equal(wanted.to(weight.device), weight):
-                originals.before_write(name)
-                replacing[_PREFIX + name] = wanted
-        return replacing
+            reopen_end(checkpoint)
 
     def export(self, folder: str | Path) -> None:
         """Writes the edited model and its tokenizer as `transformers` loads them."""
         save_model(self.model, self.tokenizer, folder)
 
-    def keep_originals(self) -> None:
-        """Has each weight that is edited kept as it was before, for `export_delta` and `original_parameter`.
-
-        They are kept on the CPU, one copy for all who ask, and are in no checkpoint.
-
-        Raises:
-            ValueError: if edits were made already without it.
-        """
-        if self.session is not None:
-            try:
-                self.session.workspace.originals.keep()
-            except ValueError as error:
-                raise ValueError(
-                    f"The weights before the {self.edits_applied} edits were not kept: ask for a delta from the first "
-                    "fit on, or make one from the run with `train.py export --delta`."
-                ) from error
-        self._keeps_originals = True
-
     def export_delta(self, path: str | Path, tolerance: float = 0.0) -> DeltaHeader:
-        """Writes what the edits changed, see `lit_edit.runs.delta.save_delta`. Needs `keep_originals` before the fit.
+        """Writes what the edits changed, see `lit_edit.runs.delta.save_delta`.
 
         Raises:
-            ValueError: without that, or if an editable weight was changed by other means than an edit.
+            ValueError: Before a fit.
         """
-        if self.session is None or self._fingerprint is None or not self.session.workspace.originals.keeps:
-            raise ValueError("The weights before the first edit were not kept: call keep_originals() before the fit.")
-        originals = self.session.workspace.originals
-        found = {name: originals.get(name) for name in self.session.edited_weights() if originals.changed(name)}
+        if self.session is None or self._fingerprint is None:
+            raise ValueError("Nothing was edited yet: a delta is what a fit has changed.")
         return save_delta(
             path,
             self.model,
-            {name: weight for name, weight in found.items() if weight is not None},
+            {site.name: site.original_stored for site in self.session.sites if site.edited},
             original=self._fingerprint,
             tolerance=tolerance,
-            method=type(getattr(self.editor, "solver", self.editor)).__name__,
+            method=self.editor.describe(),
             edits=self.edits_applied,
         )
-
-
-def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
-    """Lets Lightning go on in an epoch that was finished when the data had fewer requests.
-
-    It would otherwise hold the whole run for done, or with a higher `max_epochs` begin again with the first request.
-    """
-    progress = checkpoint["loops"]["fit_loop"]
-    if progress["epoch_progress"]["current"]["processed"]:
-        for counts in progress["epoch_progress"].values():
-            counts.update(processed=counts["processed"] - 1, completed=counts["processed"] - 1)
-    progress["epoch_loop.batch_progress"]["is_last_batch"] = False
-
-
-def _reopen_end(checkpoint: dict[str, Any]) -> None:
-    """Lets Lightning end a run again whose checkpoint was saved in the hooks at the epoch's end.
-
-    It would otherwise leave at once, without the hooks at the end of a run, in which callbacks measure. Taken for saved
-    at the end of the last batch, it goes through these and edits nothing.
-    """
-    progress = checkpoint["loops"]["fit_loop"]
-    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
-    if epoch["current"]["processed"] > epoch["current"]["completed"] and batch["is_last_batch"]:
-        for counts in epoch.values():
-            counts["processed"] -= 1
-        for kind in ("total", "current"):
-            batch[kind]["completed"] = batch[kind]["processed"] - 1
-
-
-def _named(shapes: dict[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))

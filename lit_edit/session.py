@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.algebra.linalg import fill_silent
-from lit_edit.editors import Applied, Editor, Plan
+from lit_edit.editors import Editor, Plan
 from lit_edit.evaluation.scores import score_targets
+from lit_edit.model.edited_weight import Written
 from lit_edit.model.families import Family
 from lit_edit.model.prompts import check_requests, sample_contexts
 from lit_edit.model.workspace import Workspace
@@ -118,7 +119,7 @@ class EditSession:
         self._warned_of_rounding = False
         check_requests(requests, self.workspace.prompter)
         layers = editor.editable_layers(self.workspace)
-        self.editable = [self.workspace.architecture[layer] for layer in layers]
+        self.sites = [self.workspace.site(layer) for layer in layers]
         number, length = editor.context_sampling
         watch = self.workspace.stopwatch
         if number:
@@ -130,16 +131,15 @@ class EditSession:
             def over_corpus(kind: Kind) -> dict[int, Tensor]:
                 asked = statistics_of(kind, self.workspace, layers, texts, corpus_name, corpus_tokens, cache_dir)
                 found = asked.get(progress=progress, may_collect=may_collect, notify=notify)
-                return {part.index: found[part.name] for part in self.editable}
+                return {site.layer: found[site.name] for site in self.sites}
 
             with watch.measure("statistics"):
                 if editor.needs_covariances:
-                    found = over_corpus(KEY_COVARIANCES)
-                    self.workspace.covariances = {layer: fill_silent(c) for layer, c in found.items()}
+                    for layer, covariance in over_corpus(KEY_COVARIANCES).items():
+                        self.workspace.site(layer).covariance = fill_silent(covariance)
                 if editor.needs_gradients:
-                    self.workspace.gradients = over_corpus(GRADIENTS)
-        if editor.needs_originals:
-            self.workspace.originals.keep()
+                    for layer, gradient in over_corpus(GRADIENTS).items():
+                        self.workspace.site(layer).gradient = gradient
         self.prepared = watch.take()  # and the first edit's own seconds begin at nothing
 
     @property
@@ -167,7 +167,7 @@ class EditSession:
         watch = self.workspace.stopwatch
         with watch.measure("other"):
             applied = self.editor.apply(self.workspace, plan)
-        own: dict[int, Applied] = {}
+        own: dict[int, Written] = {}
         for item in applied:  # the edit's own update comes first, what restrains the sum of all of them after it
             own.setdefault(item.layer, item)
         self._warn_of_rounding(own.values())
@@ -180,7 +180,7 @@ class EditSession:
             edits = self._record(plan, own, p_target)
         return edits
 
-    def _record(self, plan: Plan, own: dict[int, Applied], p_target: list[float]) -> list[Edit]:
+    def _record(self, plan: Plan, own: dict[int, Written], p_target: list[float]) -> list[Edit]:
         """Writes a batch that was applied into the journal."""
         watch = self.workspace.stopwatch
         stages = {stage: seconds / len(plan.requests) for stage, seconds in watch.take().items()}
@@ -206,24 +206,23 @@ class EditSession:
             edits.append(edit)
         return edits
 
-    def _warn_of_rounding(self, applied: Iterable[Applied]) -> None:
+    def _warn_of_rounding(self, applied: Iterable[Written]) -> None:
         """Says once that edits are lost to the weights' precision, which nothing else would show."""
         worst = max(applied, key=lambda item: item.rounding, default=None)
         if worst is None or worst.rounding <= TOLERATED_ROUNDING or self._warned_of_rounding:
             return
-        kind = self.workspace.architecture[worst.layer].weight.dtype
+        kind = self.workspace.site(worst.layer).weight.dtype
         if torch.finfo(kind).bits > 16:  # what is lost to float32 is nothing to begin with: a fact known already
             return
-        carried = self.editor.carries_rounding
-        if carried and len(self.journal):  # it is of the sum of all edits, beside which a single one may be small
+        if len(self.journal):  # what rounding took is of all edits, beside which a single one may be small
             return
         self._warned_of_rounding = True
         dtype = str(kind).removeprefix("torch.")
-        kept = " for now: it is kept, and stored with the next edits of the layer" if carried else ""
         warnings.warn(
             f"Edit {len(self.journal) + 1}: rounding to {dtype} took {worst.rounding:.0%} of the change of layer "
-            f"{worst.layer}, which is {worst.relative_change:.1e} of the weight{kept}. Load the model in float32 to "
-            "write such small changes at once; the journal has `rounding` for every edit.",
+            f"{worst.layer}, which is {worst.relative_change:.1e} of the weight, for now: it is kept, and stored with "
+            "the next edits of the layer. Load the model in float32 to write such small changes at once; the journal "
+            "has `rounding` for every edit.",
             stacklevel=2,
         )
 
@@ -233,4 +232,45 @@ class EditSession:
 
     def edited_weights(self) -> dict[str, Tensor]:
         """The editable weights as the model stores them, by parameter name."""
-        return {part.name: part.projection.weight.detach() for part in self.editable}  # type: ignore[operator]
+        return {site.name: site.stored for site in self.sites}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later edits depend on, as plain types and tensors on the CPU."""
+        return {
+            "sites": {site.layer: site.state_dict() for site in self.sites},
+            "contexts": list(self.workspace.contexts),
+            "cuttable": self.workspace.cuts.cuttable,
+            "edits": self.workspace.edits,
+            "finished_at": self.workspace.finished_at,
+            "journal": self.journal.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], requests: Sequence[EditRequest]) -> None:
+        """Restores `state_dict`'s result.
+
+        Args:
+            state: As above.
+            requests: Those of the run, among which the journal's are found.
+
+        Raises:
+            ValueError: If the state is of other layers, or the requests lack one that was applied.
+        """
+        sites: Mapping[int, Mapping[str, Tensor]] = state["sites"]
+        here = {site.layer for site in self.sites}
+        if set(sites) != here:
+            raise ValueError(
+                f"The checkpoint holds the layers {_listed(sites)}, this run edits {_listed(here)}: resume with the "
+                "method and layers the run was started with."
+            )
+        for site in self.sites:
+            site.check_state(sites[site.layer])
+        self.journal.load_state_dict(state["journal"], requests)
+        for site in self.sites:
+            site.load_state_dict(sites[site.layer])
+        self.workspace.contexts = list(state["contexts"])
+        self.workspace.cuts.cuttable = bool(state["cuttable"])
+        self.workspace.edits, self.workspace.finished_at = int(state["edits"]), int(state["finished_at"])
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(str(layer) for layer in sorted(layers))

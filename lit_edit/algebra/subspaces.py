@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_edit.algebra.linalg import left_singular, svd_of_rank, version_of
+from lit_edit.algebra.linalg import left_singular, svd_of_rank
 
 _EPS = torch.finfo(torch.float64).eps
 _NEGLIGIBLE = 1e-6  # of a unit vector: what is left of it after a projection is then rounding and no direction
@@ -96,58 +96,3 @@ def _oriented(vectors: Tensor) -> Tensor:
         return vectors
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * largest.sign()
-
-
-class ImplicitKnowledge:
-    """``V_q``: the leading directions of a model's own gradient, more of them with every edit (O-Edit, section 3.2.2).
-
-    ``q = ⌊share · edits⌋``, at most ``limit`` and the gradient's rank. Every gradient is decomposed once.
-
-    Args:
-        share: ``λ3``, directions per edit; 0 for none.
-        limit: the most directions; None for no limit of its own.
-
-    Raises:
-        ValueError: for a share that is negative or not finite, or a limit below 0.
-    """
-
-    def __init__(self, share: float, limit: int | None = None) -> None:
-        if not 0 <= share < float("inf"):
-            raise ValueError(f"The gradient's share of directions per edit must be at least 0, not {share}.")
-        if limit is not None and limit < 0:
-            raise ValueError(f"The most directions of the gradient cannot be {limit}: give a number, or null for all.")
-        self.share, self.limit = float(share), limit
-        self._known: dict[str, _Decomposed] = {}
-
-    def directions(self, gradient: Tensor | None, edits: int, layer: str) -> Tensor:
-        """``V_q (d, q)`` in float64, orthonormal.
-
-        Args:
-            gradient: ``∇G (d, p)``.
-            edits: requests in this layer, those to be written now included.
-            layer: the layer's name, under which the decomposition is kept.
-
-        Raises:
-            ValueError: if there is no gradient.
-        """
-        if gradient is None:
-            raise ValueError(
-                f"There is no gradient of the language-model loss for layer {layer!r}: collect it with "
-                "lit_edit.statistics.gradients, or leave implicit knowledge out (gradient_share 0)."
-            )
-        known = self._known.get(layer)
-        if known is None or not known.belongs_to(gradient):
-            known = self._known[layer] = _Decomposed(gradient)
-        # A product like 0.29 * 100 comes out just below the whole number it stands for.
-        number = int(self.share * edits + 1e-9)
-        return known.directions[:, : number if self.limit is None else min(number, self.limit)]
-
-
-class _Decomposed:
-    """The directions of a gradient, with the gradient they came from."""
-
-    def __init__(self, gradient: Tensor) -> None:
-        self.gradient, self.version, self.directions = gradient, version_of(gradient), principal_directions(gradient)
-
-    def belongs_to(self, gradient: Tensor) -> bool:
-        return gradient is self.gradient and version_of(gradient) == self.version

@@ -102,13 +102,11 @@ def foresee(config: Mapping[str, Any], console: Console) -> Foreseen | None:
     workspace = Workspace.of(net, tokenizer, family=known, chat_template=bool(model.get("chat_template")))
     check_requests(data.requests, workspace.prompter)
     device = _device(str((config.get("trainer") or {}).get("accelerator") or "auto"))
-    watched = "stability" in config or bool((config.get("export") or {}).get("delta"))
     need = memory_needed(
         workspace,
         made(Editor, model["editor"]),
         data.requests,
         data.batch_size,
-        keeps_originals=watched,
         on_gpu=device.type == "cuda",
     )
     foreseen = Foreseen(need, memory_at_hand(device), "GPU memory" if device.type == "cuda" else "memory")
@@ -283,8 +281,7 @@ def _prepared(
         length = min(256, session.workspace.prompter.max_length)
         wanted = _tokens(module.tokenizer, corpus, module.corpus_tokens, length)
         preparing["statistics"] *= max(1.0, wanted / min(wanted, SAMPLED_TOKENS))
-        found = {part.name: session.workspace.covariances.get(part.index) for part in session.editable}
-        covariances = {name: covariance for name, covariance in found.items() if covariance is not None}
+        covariances = {site.name: site.covariance for site in session.sites if site.covariance is not None}
         warn_if_few({name: len(covariance) for name, covariance in covariances.items()}, wanted, stacklevel=2)
         for covariance in covariances.values():
             if wanted > max(SAMPLED_TOKENS, len(covariance)):

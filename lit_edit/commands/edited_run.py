@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 from lit_edit import files
 from lit_edit.configs.find import read_config
 from lit_edit.datamodules.base import OnBadRecord
+from lit_edit.model.edited_weight import EditedWeight
+from lit_edit.model.families import Architecture, Family
 from lit_edit.model.loading import EMBEDDED, load_model
-from lit_edit.model.originals import Originals
 from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.runs.results import ResultsError, read_results
 from lit_edit.statistics import model_fingerprint
 
 CHECKPOINT = Path("checkpoints", "edits.ckpt")
-_PREFIX = "model."
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class EditedRun:
         method: for people; empty if not known.
         chat_template: whether prompts are put into the tokenizer's chat template.
         on_bad_record: what the run did with facts that cannot be edited.
+        family: where a model of an unknown kind keeps its parts.
     """
 
     model: str
@@ -42,6 +42,7 @@ class EditedRun:
     method: str = ""
     chat_template: bool = False
     on_bad_record: OnBadRecord = "raise"
+    family: Family | None = None
 
     @classmethod
     def find(cls, run: Path | None, checkpoint: Path | None, model: str | None = None) -> EditedRun:
@@ -77,6 +78,7 @@ class EditedRun:
             _method(folder),
             in_chat,
             "skip" if skips else "raise",
+            Family(**settings["family"]) if settings.get("family") else None,
         )
 
     def load(self) -> tuple[nn.Module, Any]:
@@ -89,52 +91,41 @@ class EditedRun:
         return model.eval().requires_grad_(False), tokenizer
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, keep_originals: bool = False) -> Applied:
+    def apply(self, model: nn.Module) -> Applied:
         """Turns the model as `load` gave it into the edited one, in place.
 
         Args:
-            model: the unedited model.
-            keep_originals: copy the weights that change, as they were, to the CPU.
+            model: The unedited model.
 
         Raises:
-            ValueError: if the checkpoint cannot be read, was not made by a run of edits, or belongs to another model;
+            ValueError: If the checkpoint cannot be read, was not made by a run of edits, or belongs to another model;
                 the model is then unchanged.
         """
-        weights, state = self._read()
-        parameters = dict(model.named_parameters())
-        for name, weight in weights.items():
-            if name not in parameters or parameters[name].shape != weight.shape:
-                raise ValueError(
-                    f"{self.checkpoint} has a weight {name!r} of shape {tuple(weight.shape)}, which the model "
-                    f"{self.model!r} lacks: it was made from another model."
-                )
-        fingerprint = model_fingerprint(model)
-        if state.get("original") not in (None, fingerprint):
-            raise ValueError(
-                f"{self.checkpoint} was made from another model than {self.model!r} is now, with the same layers and "
-                "other weights: name the one that was edited."
-            )
-        originals = Originals(model)
-        if keep_originals:
-            originals.keep()
-        for name in list(weights):
-            originals.before_write(name)
-            parameters[name].detach().copy_(weights.pop(name))
-        return Applied(fingerprint, originals.copies, len(state.get("journal", ())))
-
-    def _read(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        content = files.load_checkpoint(self.checkpoint)
-        if CHECKPOINT_KEY not in content:
+        content = files.load_checkpoint(self.checkpoint).get(CHECKPOINT_KEY)
+        if content is None:
             raise ValueError(f"{self.checkpoint} was not made by a run of edits: it holds no record of them.")
-        weights = {name.removeprefix(_PREFIX): weight for name, weight in content["state_dict"].items()}
-        return weights, content[CHECKPOINT_KEY]
+        fingerprint = model_fingerprint(model)
+        if content.get("original") != fingerprint:
+            raise ValueError(
+                f"{self.checkpoint} was made from another model than {self.model!r} is now, or from the same in "
+                "another dtype: name the one that was edited."
+            )
+        architecture = Architecture(model, self.family)
+        originals, sites = {}, {}
+        for layer, state in content["sites"].items():
+            part = architecture[layer]
+            site = sites[layer] = EditedWeight(part.projection.weight, part.name, layer, part.transposed)  # type: ignore[arg-type]
+            site.check_state(state)
+        for layer, state in content["sites"].items():
+            sites[layer].load_state_dict(state)
+            if sites[layer].edited:
+                originals[sites[layer].name] = sites[layer].original_stored
+        return Applied(fingerprint, originals, len(content["journal"]))
 
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """What was there before a run's weights: the model's fingerprint, the weights by name (where they were to be kept),
-    and the count of edits.
-    """
+    """What was there before a run's weights: the model's fingerprint, the weights by name, and the count of edits."""
 
     fingerprint: str
     originals: dict[str, Tensor]

@@ -77,7 +77,6 @@ def memory_needed(
     editor: Editor,
     requests: Sequence[EditRequest],
     batch_size: int,
-    keeps_originals: bool = False,
     on_gpu: bool = False,
 ) -> Memory:
     """Memory of a run, from shapes alone (see the module).
@@ -87,7 +86,6 @@ def memory_needed(
         editor: the method.
         requests: all edits of the run; their longest text counts.
         batch_size: how many are edited at once.
-        keeps_originals: whether others than the editor ask for the original weights.
         on_gpu: count what lies on the GPU alone.
 
     Raises:
@@ -101,12 +99,12 @@ def memory_needed(
         lasting["key covariances"] = sum(8 * p * p for _, p in shapes)
     if editor.needs_gradients:
         lasting["language-model gradients"] = sum(8 * d * p for d, p in shapes)
-    if (editor.needs_originals or keeps_originals) and not on_gpu:
+    if not on_gpu:
         lasting["original weights"] = sum(p.weight.numel() * p.weight.element_size() for p in parts)
     head = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary, itemsize = head.weight.shape[0], head.weight.element_size()
     stored = [part.weight.numel() * part.weight.element_size() for part in parts]
-    carried = editor.carries_rounding and can_have_remainder(parts[0].weight.dtype)
+    carried = can_have_remainder(parts[0].weight.dtype)
     if carried:
         lasting["what rounding took"] = sum(stored)
     former = (sum(stored) + max(stored)) * (2 if carried else 1)

@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
         raise ValueError(f"export: there is something at {given.out} already; name a new folder.")
     run = EditedRun.find(given.run, given.ckpt_path, given.original)
     model, tokenizer = run.load()
-    applied = run.apply(model, keep_originals=given.delta is not None)
+    applied = run.apply(model)
     print(f"{applied.edits} edits{f' with {run.method}' if run.method else ''} to {run.model!r}.")
     if given.delta is not None:
         header = save_delta(

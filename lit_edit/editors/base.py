@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from lit_edit.algebra.updates import Update
 from lit_edit.editors.restraints import Restraint
+from lit_edit.model.edited_weight import EditedWeight, Written, all_or_nothing
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-
-
-@dataclass(frozen=True)
-class Applied:
-    """One update as it was applied to one layer's weight."""
-
-    layer: int
-    update: Update
-    relative_change: float  # ‖ΔW‖_F / ‖W‖_F
-    rounding: float = 0.0  # what the weight's dtype took of it, see `Update.apply_`
-
-    @classmethod
-    def write(cls, layer: int, update: Update, weight: Tensor, remainder: Tensor | None = None) -> Applied:
-        """Applies an update to a layer's weight (d, p), and its remainder if there is one, in place."""
-        return cls(layer, update, *update.write_(weight, remainder))
 
 
 @dataclass(frozen=True)
@@ -41,15 +28,21 @@ class Plan:
     steps: list[int]
     data: Any = field(default=None, repr=False)
 
+    @property
+    def counts(self) -> dict[int, int]:
+        """Requests by layer, ascending."""
+        counts = Counter(layer for layers in self.layers for layer in layers)
+        return dict(sorted(counts.items()))
+
 
 class Editor(ABC):
     """Turns a batch of requests into weight updates.
 
-    `plan` is the gradient half (run by ``training_step``), `apply` the closed-form half (``on_train_batch_end``).
-    Between runs an editor holds only what `state_dict` returns.
+    `plan` is the gradient half (run by ``training_step``), `apply` the closed-form half (``on_train_batch_end``). An
+    editor holds settings only: what edits leave behind lies in the workspace's `EditedWeight`.
 
     Attributes:
-        restraints: what is done to updates, or to their sum; editors whose updates are not added have none.
+        restraints: What is done to updates, or to their sum; editors whose updates are not added have none.
     """
 
     restraints: Sequence[Restraint] = ()
@@ -59,39 +52,33 @@ class Editor(ABC):
         """Every layer that edits may touch.
 
         Raises:
-            ValueError: if a layer was asked for that the model does not have.
+            ValueError: If a layer was asked for that the model does not have.
         """
 
     @property
-    @abstractmethod
     def needs_covariances(self) -> bool:
-        """Whether key covariances of the editable layers must be in the workspace."""
+        """Whether editable layers must come with their key covariance."""
+        return False
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether gradient statistics of the editable layers must be in the workspace."""
-        return False
-
-    @property
-    def needs_originals(self) -> bool:
-        """Whether the workspace must keep the weights as they were before the first edit."""
-        return False
-
-    @property
-    def carries_rounding(self) -> bool:
-        """Whether what rounding takes of weights of 16 bits is kept from edit to edit."""
-        return False
+        """Whether editable layers must come with their gradient statistic."""
+        return any(restraint.needs_gradient for restraint in self.restraints)
 
     @property
     def context_sampling(self) -> tuple[int, int]:
         """(number, length in tokens) of generated context prefixes; (0, 0) for none."""
         return (0, 0)
 
+    def describe(self) -> str:
+        """The method in a few words, for people: ``MEMIT with EAC + PRUNE``."""
+        return type(self).__name__ + "".join(f" + {type(restraint).__name__}" for restraint in self.restraints)
+
     def check(self, workspace: Workspace, batch_size: int) -> None:  # noqa: B027 - an editor may take anything
         """Finds what will not work before the first edit; the workspace is complete by then.
 
         Raises:
-            ValueError: if batches of this size cannot be edited, or the statistics do not serve.
+            ValueError: If batches of this size cannot be edited, or the statistics do not serve.
         """
 
     @abstractmethod
@@ -99,19 +86,73 @@ class Editor(ABC):
         """The gradient half. Needs gradients enabled; does not change the model."""
 
     @abstractmethod
-    def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
-        """The closed-form half: changes the model's weights in place and says how.
+    def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:
+        """The closed-form half: changes the weights and says how. Where it ends in an error, nothing has changed."""
 
-        Where it ends in an error, weights and state are as they were.
+    @torch.no_grad()
+    def write(
+        self,
+        workspace: Workspace,
+        plan: Plan,
+        update_of: Callable[[EditedWeight], Update],
+        after: Callable[[EditedWeight, Update], None] | None = None,
+    ) -> list[Written]:
+        """Writes the updates of a batch layer by layer, ascending, then lets the restraints work on their sums.
+
+        Args:
+            workspace: The model.
+            plan: Says which requests go into which layers.
+            update_of: Gives a layer's update; asked when the layers below are written.
+            after: Told of every update as it was written, to note what is remembered of it; counts requests if None.
+
+        Returns:
+            What was written, the updates first.
         """
+        watch, counts = workspace.stopwatch, plan.counts
+        sites = [workspace.site(layer) for layer in self.editable_layers(workspace)]
+        written: list[Written] = []
+        with all_or_nothing(sites):
+            for site in sites:
+                site.pending = counts.get(site.layer, 0)
+            try:
+                for layer in counts:
+                    site = workspace.site(layer)
+                    update = update_of(site)
+                    with watch.measure("restrain"):
+                        for restraint in self.restraints:
+                            update = restraint.restrain(update, site)
+                    with watch.measure("write"):
+                        written.append(site.write(update))
+                    if after is None:
+                        site.count(site.pending, update.rank(site.weight))
+                    else:
+                        after(site, update)
+                    site.pending = 0
+                before, now = workspace.edits, workspace.edits + len(plan.requests)
+                with watch.measure("restrain"):
+                    for site in sites:
+                        for restraint in self.restraints:
+                            further = restraint.total(site, before, now)
+                            if further is not None:
+                                written.append(site.write(further))
+            finally:
+                for site in sites:
+                    site.pending = 0
+        workspace.edits = now
+        return written
 
-    def finish(self, workspace: Workspace) -> list[Applied]:
+    @torch.no_grad()
+    def finish(self, workspace: Workspace) -> list[Written]:
         """What remains to be done to the weights when no more edits follow. A second call in a row does nothing."""
-        return []
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What later edits depend on."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - there may be no state
-        """Restores `state_dict`'s result."""
+        if workspace.finished_at == workspace.edits:
+            return []
+        sites = [workspace.site(layer) for layer in self.editable_layers(workspace)]
+        written = []
+        with all_or_nothing(sites):
+            for site in sites:
+                for restraint in self.restraints:
+                    further = restraint.finish(site)
+                    if further is not None:
+                        written.append(site.write(further))
+        workspace.finished_at = workspace.edits
+        return written

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lit_edit.algebra.updates import Additive
-from lit_edit.editors.base import Applied, Editor, Plan
-from lit_edit.editors.restraints import Restraint, Source
+from lit_edit.editors.base import Editor, Plan
+from lit_edit.editors.restraints import Restraint, UpdateKind, check_restraints
 from lit_edit.editors.values import ElasticNet
-from lit_edit.editors.writing import RestrainedWriting
+from lit_edit.model.edited_weight import Written
 from lit_edit.model.trial import edit_batch, last_token_nll, logits_with, target_nll, target_probability
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
@@ -43,8 +43,6 @@ class FineTune(Editor):
         weight_decay: Adam's (an L2 term on the weight, not on its change).
         restraints: what is done to every update of a weight, or to the sum of them, in this order. The updates are of
             full rank.
-        carry_rounding: whether what rounding takes of a weight of 16 bits is kept, in as much memory again, and
-            counted with the weight at the next edit (`lit_edit.editors.remainders.Remainders`).
 
     Raises:
         ValueError: for numbers out of range, an unknown objective, or restraints that do not work on such updates.
@@ -61,7 +59,6 @@ class FineTune(Editor):
         elastic_net: ElasticNet | None = None,
         weight_decay: float = 0.0,
         restraints: list[Restraint] | None = None,
-        carry_rounding: bool = True,
     ) -> None:
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"Fine-tuning needs distinct layers and at least one, not {layers}.")
@@ -76,33 +73,13 @@ class FineTune(Editor):
         self.layers, self.lr, self.steps, self.stop_loss = sorted(layers), lr, steps, stop_loss
         self.objective, self.norm_constraint = objective, norm_constraint
         self.elastic_net, self.weight_decay = elastic_net, weight_decay
-        self.writing = RestrainedWriting(restraints, Source(type(self).__name__, dense=True), carry_rounding)
-        self.restraints = self.writing.restraints
+        self.restraints = list(restraints or [])
+        check_restraints(self.restraints, UpdateKind(type(self).__name__, dense=True))
 
     def editable_layers(self, workspace: Workspace) -> list[int]:
         """The layers themselves."""
         workspace.architecture.check(self.layers)
         return list(self.layers)
-
-    @property
-    def needs_covariances(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def needs_gradients(self) -> bool:
-        """As the restraints say."""
-        return self.writing.needs_gradients
-
-    @property
-    def needs_originals(self) -> bool:
-        """As the restraints say."""
-        return self.writing.needs_originals
-
-    @property
-    def carries_rounding(self) -> bool:
-        """As asked for."""
-        return self.writing.remainders.on
 
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
         """Trains copies of the weights; the plan's data are their changes (d, p) by layer."""
@@ -141,29 +118,9 @@ class FineTune(Editor):
         chances = target_probability(logits.detach(), batch.labels)
         return Plan(list(requests), [tuple(self.layers)] * n, losses.tolist(), chances, [taken] * n, changes)
 
-    @torch.no_grad()
-    def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
+    def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:
         """Adds the changes to the weights, restrained."""
-        changes: dict[int, Tensor] = plan.data
-
-        def change(layer: int) -> Additive:
-            with workspace.stopwatch.measure("write"):
-                return Additive(changes[layer])
-
-        return self.writing.apply(workspace, plan, self.layers, change)
-
-    @torch.no_grad()
-    def finish(self, workspace: Workspace) -> list[Applied]:
-        """What restraints do once, at the end."""
-        return self.writing.finish(workspace, self.layers)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """How many requests were applied, see `RestrainedWriting.state_dict`."""
-        return self.writing.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` gave."""
-        self.writing.load_state_dict(state)
+        return self.write(workspace, plan, lambda site: Additive(plan.data[site.layer]))
 
 
 def _working_copy(weight: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from torch import Tensor
 from lit_edit.algebra.linalg import spectral_norm
 from lit_edit.algebra.updates import LowRank
 from lit_edit.editors.keys import KeyAverage, compute_keys
-from lit_edit.editors.solvers import ROME, Problem, Solver
+from lit_edit.editors.solvers import ROME, Solver
 from lit_edit.editors.values import ValueOptimizer, ValueProblem, Values
+from lit_edit.model.edited_weight import EditedWeight
 from lit_edit.model.families import Architecture
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
@@ -135,8 +135,6 @@ class ActivationSelection(LayerPolicy):
         if reach is not None and reach < 0:
             raise ValueError(f"`reach` is a difference of losses and cannot be negative ({reach}).")
         self.layers, self.neighbours, self.steps, self.contexts, self.reach = layers, neighbours, steps, contexts, reach
-        # Per layer the weight, its version when it was looked at, and its norm.
-        self._spectral: dict[int, tuple[weakref.ref[Tensor], int, float]] = {}
 
     def check(self, values: ValueOptimizer) -> None:
         """Refuses values of blocks: the score compares a value with the product W k."""
@@ -175,7 +173,7 @@ class ActivationSelection(LayerPolicy):
                     architecture[layer].weight.float(),
                     keys[layer][:, i],
                     target[layer],
-                    self._spectral_norm(architecture, layer),
+                    _spectral_norm(workspace.site(layer)),
                 )
                 for layer, target, _ in mine
             }
@@ -193,15 +191,10 @@ class ActivationSelection(LayerPolicy):
     def _around(self, center: int, n: int) -> tuple[int, ...]:
         return tuple(range(max(0, center - self.neighbours), min(n, center + self.neighbours + 1)))
 
-    def _spectral_norm(self, architecture: Architecture, layer: int) -> float:
-        """‖W‖₂, computed anew only after the weight was written to."""
-        part = architecture[layer]
-        stored: Tensor = part.projection.weight  # type: ignore[assignment]
-        known = self._spectral.get(layer)
-        if known is None or known[0]() is not stored or known[1] != stored._version:
-            norm = spectral_norm(part.weight)
-            known = self._spectral[layer] = (weakref.ref(stored), stored._version, norm)
-        return known[2]
+
+def _spectral_norm(site: EditedWeight) -> float:
+    """``‖W‖₂``, computed anew only after the weight was written to."""
+    return site.cached("spectral norm", lambda: spectral_norm(site.weight))
 
 
 class WilKE(LayerPolicy):
@@ -269,19 +262,16 @@ class WilKE(LayerPolicy):
         losses: list[dict[int, float]] = [{} for _ in requests]
         for tried, target, loss in zip(found.problems, found.targets, found.loss, strict=True):
             i, layer = tried.request, tried.layers[0]
-            part = workspace.architecture[layer]
-            problem = Problem(
-                part.weight,
+            site = workspace.site(layer)
+            update = self.solver.solve(
+                site,
                 keys[layer][:, i : i + 1],
                 target[layer][:, None],
-                covariance=workspace.covariances.get(layer) if self.needs_covariance else None,
-                layer=part.name,
-                value_keys=value_keys[layer][:, i : i + 1] if apart else None,
+                value_keys[layer][:, i : i + 1] if apart else None,
             )
-            update = self.solver.solve(problem)
             # The norm of factors needs no dense change; that of a rotation says nothing of the weight's change.
-            size = update.norm if isinstance(update, LowRank) else float(update.delta(problem.weight).norm())
-            scores[i][layer] = size / problem.exact.norm()
+            size = update.norm if isinstance(update, LowRank) else float(update.delta(site.weight).norm())
+            scores[i][layer] = size / site.cached("norm", site.exact.norm)
             losses[i][layer] = loss
         best = [min(_in_reach(lost, s, self.reach), key=s.__getitem__) for lost, s in zip(losses, scores, strict=True)]
         return [Choice((layer,), layer, s) for layer, s in zip(best, scores, strict=True)]

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_edit.algebra.exact import ExactWeight
 from lit_edit.algebra.updates import Update
-from lit_edit.editors.base import Applied, Editor, Plan
+from lit_edit.editors.base import Editor, Plan
 from lit_edit.editors.keys import KeyAverage, MeanKey, compute_keys
-from lit_edit.editors.layers import LayerPolicy
-from lit_edit.editors.restraints import Restraint, Source
-from lit_edit.editors.solvers import Problem, Solver
-from lit_edit.editors.values import ValueOptimizer, ValueProblem, Values, block_outputs
-from lit_edit.editors.writing import RestrainedWriting
+from lit_edit.editors.layers import FixedLayers, LayerPolicy
+from lit_edit.editors.restraints import Restraint, UpdateKind, check_restraints
+from lit_edit.editors.solvers import Solver
+from lit_edit.editors.values import Plain, ValueOptimizer, ValueProblem, Values, block_outputs
+from lit_edit.model.edited_weight import EditedWeight, Written
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 
@@ -38,8 +37,6 @@ class LocateThenEdit(Editor):
         restraints: what is done to every update, or to their sum, in this order.
         contexts: number of generated context prefixes.
         context_length: their length in tokens.
-        carry_rounding: whether what rounding takes of a weight of 16 bits is kept, in as much memory again, and
-            counted with the weight at the next edit (`lit_edit.editors.remainders.Remainders`).
 
     Raises:
         ValueError: if the parts do not go together; the message says why.
@@ -55,14 +52,12 @@ class LocateThenEdit(Editor):
         restraints: list[Restraint] | None = None,
         contexts: int = 5,
         context_length: int = 10,
-        carry_rounding: bool = True,
     ) -> None:
         if contexts < 0 or context_length < 1:
             raise ValueError("An editor needs contexts >= 0 and context_length >= 1.")
         layers.check(values)
-        source = Source(type(solver).__name__, additive=solver.additive)
-        self.writing = RestrainedWriting(restraints, source, carry_rounding)
-        self.restraints = self.writing.restraints
+        self.restraints = list(restraints or [])
+        check_restraints(self.restraints, UpdateKind(type(solver).__name__, additive=solver.additive))
         for penalty in values.penalties:
             penalty.check(solver)
         if value_keys is not None and not solver.mixes_keys:
@@ -73,7 +68,6 @@ class LocateThenEdit(Editor):
         self.layers, self.values, self.solver, self.value_keys = layers, values, solver, value_keys
         self.keys = keys if keys is not None else MeanKey()
         self._contexts = (contexts, context_length)
-        self.memory: dict[int, Tensor] = {}  # per layer (p, m): keys of past edits
 
     @property
     def context_sampling(self) -> tuple[int, int]:
@@ -88,26 +82,27 @@ class LocateThenEdit(Editor):
     @property
     def needs_gradients(self) -> bool:
         """As the restraints and the values' penalties say."""
-        return self.writing.needs_gradients or any(penalty.needs_gradient for penalty in self.values.penalties)
+        return super().needs_gradients or any(penalty.needs_gradient for penalty in self.values.penalties)
 
-    @property
-    def needs_originals(self) -> bool:
-        """As the restraints and the values' penalties say."""
-        return self.writing.needs_originals or any(penalty.needs_original for penalty in self.values.penalties)
-
-    @property
-    def carries_rounding(self) -> bool:
-        """As asked for."""
-        return self.writing.remainders.on
+    def describe(self) -> str:
+        """The solver, and where the method departs from it."""
+        values = self.values
+        special = [*([] if isinstance(values.schedule, Plain) else [values.schedule]), *values.penalties]
+        name = type(self.solver).__name__
+        if special:
+            name += f" with {', '.join(type(part).__name__ for part in special)}"
+        name += "".join(f" + {type(restraint).__name__}" for restraint in self.restraints)
+        if self.value_keys is not None:
+            name += f", values at {type(self.value_keys).__name__}"
+        if not isinstance(self.layers, FixedLayers):
+            name += f", layers by {type(self.layers).__name__}"
+        return name
 
     def check(self, workspace: Workspace, batch_size: int) -> None:
-        """Refuses a batch size or a covariance that the solver cannot take."""
+        """Refuses a batch size or a layer that the solver cannot take."""
         self.solver.check_batch_size(batch_size)
-        if not self.solver.needs_covariance:
-            return
-        for layer, covariance in workspace.covariances.items():
-            part = workspace.architecture[layer]
-            self.solver.check_covariance(covariance, part.name, part.weight.device)
+        for layer in self.editable_layers(workspace):
+            self.solver.check(workspace.site(layer))
 
     def editable_layers(self, workspace: Workspace) -> list[int]:
         """As the layer policy says."""
@@ -121,73 +116,55 @@ class LocateThenEdit(Editor):
         at_block = self.values.site == "block"
         problems = [ValueProblem(i, c.layers[-1:] if at_block else c.layers) for i, c in enumerate(choices)]
         with workspace.stopwatch.measure("values"):
-            grounds = None
-            if self.values.penalties:
-                here = Counter(layer for choice in choices for layer in choice.layers)
-                grounds = {
-                    layer: self.writing.ground(workspace, layer, len(requests), here[layer])
-                    for layer in sorted({layer for problem in problems for layer in problem.layers})
-                }
-            values = self.values.optimise(workspace, requests, problems, self.value_keys or self.keys, grounds=grounds)
+            counts = Counter(layer for choice in choices for layer in choice.layers)
+            for layer, count in counts.items():
+                workspace.site(layer).pending = count
+            try:
+                values = self.values.optimise(
+                    workspace, requests, problems, self.value_keys or self.keys, penalties=self.values.penalties
+                )
+            finally:
+                for layer in counts:
+                    workspace.site(layer).pending = 0
         return Plan(list(requests), [c.layers for c in choices], values.loss, values.probability, values.steps, values)
 
     @torch.no_grad()
-    def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
-        """Solves and applies layer by layer, then restrains the sum of all updates; remembers the keys."""
-        watch = workspace.stopwatch
-        memory: dict[int, Tensor] = {}
+    def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:
+        """Solves and writes layer by layer, then restrains the sum of all updates; the layers remember the keys."""
+        watch, values = workspace.stopwatch, plan.data
+        solved: dict[int, tuple[list[int], Tensor, Tensor]] = {}
 
-        def solved(layer: int) -> Update:
-            mine = [i for i, layers in enumerate(plan.layers) if layer in layers]
+        def update_of(site: EditedWeight) -> Update:
+            mine = [i for i, layers in enumerate(plan.layers) if site.layer in layers]
             with watch.measure("keys"):
-                problem, keys = self._problem(workspace, plan, plan.data, layer, mine)
+                keys, targets, value_keys = self._problem(workspace, plan, values, site, mine)
             with watch.measure("solve"):
-                update = self.solver.solve(problem)
-            past = self.memory.get(layer)
-            memory[layer] = keys if past is None else torch.cat([past, keys], dim=1)
+                update = self.solver.solve(site, keys, targets, value_keys)
+            solved[site.layer] = mine, keys, targets
             return update
 
-        carried = self.solver.state_dict()
-        try:
-            applied = self.writing.apply(workspace, plan, self.editable_layers(workspace), solved)
-        except BaseException:  # what it has solved was not written
-            self.solver.load_state_dict(carried)
-            raise
-        self.memory |= memory
-        return applied
+        def after(site: EditedWeight, update: Update) -> None:
+            mine, keys, targets = solved[site.layer]
+            site.remember([workspace.edits + 1 + i for i in mine], keys, targets, update.rank(site.weight))
+            self.solver.written(site, update)
 
-    @torch.no_grad()
-    def finish(self, workspace: Workspace) -> list[Applied]:
-        """What restraints do once, at the end."""
-        return self.writing.finish(workspace, self.editable_layers(workspace))
+        return self.write(workspace, plan, update_of, after)
 
     def _problem(
-        self, workspace: Workspace, plan: Plan, values: Values, layer: int, mine: list[int]
-    ) -> tuple[Problem, Tensor]:
-        """What to solve in a layer for the requests that are edited there, and their keys (p, n)."""
-        requests = [plan.requests[i] for i in mine]
+        self, workspace: Workspace, plan: Plan, values: Values, site: EditedWeight, mine: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys (p, n) and targets (d, n) of the requests edited in a layer, and value keys where they differ."""
+        requests, layer = [plan.requests[i] for i in mine], site.layer
         keys = compute_keys(workspace, requests, [layer], self.keys)[layer]
         value_keys = None
         if self.value_keys is not None:
             value_keys = compute_keys(workspace, requests, [layer], self.value_keys)[layer]
-        part = workspace.architecture[layer]
-        remainder = self.writing.remainders.of(layer, part.weight)
         if self.values.site == "block":
-            now = ExactWeight(part.weight, remainder) @ (keys if value_keys is None else value_keys)
+            now = site.exact @ (keys if value_keys is None else value_keys)
             targets = now + self._share(workspace, plan, values, layer, mine)
         else:
             targets = torch.stack([values.targets[i][layer] for i in mine], dim=1)
-        problem = Problem(
-            part.weight,
-            keys,
-            targets,
-            covariance=workspace.covariances.get(layer) if self.solver.needs_covariance else None,
-            memory=self.memory.get(layer),
-            layer=part.name,
-            value_keys=value_keys,
-            remainder=remainder,
-        )
-        return problem, keys
+        return keys, targets, value_keys
 
     def _share(self, workspace: Workspace, plan: Plan, values: Values, layer: int, mine: list[int]) -> Tensor:
         """What this layer adds of the residual at each request's last block: (d, n)."""
@@ -198,18 +175,3 @@ class LocateThenEdit(Editor):
             left = sum(1 for other in plan.layers[i] if other >= layer)
             columns.append((values.targets[i][last[column]] - now[last[column]][:, column]) / left)
         return torch.stack(columns, dim=1)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The remembered keys, how many requests were applied (`RestrainedWriting.state_dict`), the solver's own."""
-        memory = {f"memory.{layer}": keys for layer, keys in self.memory.items()}
-        own = {f"solver.{name}": tensor for name, tensor in self.solver.state_dict().items()}
-        return self.writing.state_dict() | memory | own
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` gave."""
-        self.writing.load_state_dict(state)
-        self.memory = {
-            int(name.removeprefix("memory.")): keys for name, keys in state.items() if name.startswith("memory.")
-        }
-        own = {name.removeprefix("solver."): t for name, t in state.items() if name.startswith("solver.")}
-        self.solver.load_state_dict(own)

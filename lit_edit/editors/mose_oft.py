@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_edit.algebra.updates import BlockKeyRotation
-from lit_edit.editors.base import Applied, Editor, Plan
-from lit_edit.editors.remainders import Remainders
-from lit_edit.editors.restraints import Restraint, Source, check_restraints
-from lit_edit.editors.writing import all_or_nothing
+from lit_edit.algebra.updates import Rotation
+from lit_edit.editors.base import Editor, Plan
+from lit_edit.editors.restraints import Restraint, UpdateKind, check_restraints
+from lit_edit.model.edited_weight import Written
 from lit_edit.model.trial import edit_batch, logits_with, target_nll, target_probability
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
@@ -50,8 +49,6 @@ class MoseOFT(Editor):
         radius: ``ε`` of constrained OFT: before every forward pass each ``X_i (b, b)`` is shortened to
             ``‖X_i‖_F ≤ ε b² / √blocks``, as released (1e-5). It binds on narrow models only. None leaves it out.
         restraints: none: a rotation that was restrained would no longer be one.
-        carry_rounding: whether what rounding takes of a weight of 16 bits is kept, in as much memory again, and
-            counted with the weight at the next edit (`lit_edit.editors.remainders.Remainders`).
 
     Raises:
         ValueError: for numbers out of range, or if there are restraints.
@@ -65,16 +62,14 @@ class MoseOFT(Editor):
         steps: int = 25,
         radius: float | None = 1e-5,
         restraints: list[Restraint] | None = None,
-        carry_rounding: bool = True,
     ) -> None:
-        check_restraints(restraints or [], Source(type(self).__name__, additive=False))
+        check_restraints(restraints or [], UpdateKind(type(self).__name__, additive=False))
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"MOSE-OFT needs distinct layers and at least one, not {layers}.")
         if not (blocks >= 1 and lr > 0 and steps >= 1):
             raise ValueError(f"MOSE-OFT needs blocks >= 1, lr > 0 and steps >= 1, not {blocks}, {lr} and {steps}.")
         if radius is not None and not radius > 0:
             raise ValueError(f"The radius must be positive, not {radius}; null leaves it out.")
-        self.remainders = Remainders(carry_rounding)
         self.layers, self.blocks, self.lr, self.steps, self.radius = sorted(layers), blocks, lr, steps, radius
 
     def editable_layers(self, workspace: Workspace) -> list[int]:
@@ -92,16 +87,6 @@ class MoseOFT(Editor):
                     "divisor."
                 )
         return list(self.layers)
-
-    @property
-    def needs_covariances(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def carries_rounding(self) -> bool:
-        """As asked for."""
-        return self.remainders.on
 
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
         """Trains the blocks' parameters; the plan's data are these, (blocks, b, b) by layer."""
@@ -136,20 +121,9 @@ class MoseOFT(Editor):
         data = {layer: x.detach() for layer, x in free.items()}
         return Plan(list(requests), [tuple(self.layers)] * n, losses.tolist(), chances, [self.steps] * n, data)
 
-    @torch.no_grad()
-    def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
+    def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:
         """Turns the weights; the Cayley map is computed anew in float64."""
-        parameters: dict[int, Tensor] = plan.data
-        with workspace.stopwatch.measure("write"), all_or_nothing(workspace, self.remainders) as write:
-            return [write(layer, BlockKeyRotation(cayley(x.double()))) for layer, x in parameters.items()]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What rounding took of the weights, see `Remainders.state_dict`."""
-        return self.remainders.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` gave."""
-        self.remainders.load_state_dict(state)
+        return self.write(workspace, plan, lambda site: Rotation(cayley(plan.data[site.layer].double()), of_keys=True))
 
 
 def _turned(weight: Tensor, blocks: Tensor) -> Tensor:

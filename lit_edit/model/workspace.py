@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_edit.algebra.linalg import version_of
+from lit_edit.model.edited_weight import EditedWeight
 from lit_edit.model.families import Architecture, Family
-from lit_edit.model.originals import Originals
 from lit_edit.model.passes import Known
 from lit_edit.model.prompts import Prompter, Row, in_context
 from lit_edit.model.stopwatch import Stopwatch
@@ -21,7 +20,7 @@ KL_PROMPT = "{} is a"
 
 
 @dataclass
-class KeptKeys:
+class BatchKeys:
     """The keys of the batch being edited, for as long as neither a weight nor the contexts change.
 
     An edit asks for the same keys several times: where its layers are chosen, where its values start from, and where
@@ -39,7 +38,7 @@ class KeptKeys:
         self, workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: object
     ) -> dict[int, Tensor] | None:
         """The keys as `lit_edit.editors.keys.compute_keys` gives them, if all are there."""
-        now = (tuple(workspace.contexts), [(id(p), version_of(p)) for p in workspace.model.parameters()])
+        now = (tuple(workspace.contexts), [(layer, site.version) for layer, site in workspace.sites.items()])
         if now != self._of:
             self._of = now
             self.clear()
@@ -65,12 +64,14 @@ def _name(average: object, layer: int, request: EditRequest) -> tuple[int, int, 
 class Workspace:
     """One model and what has been prepared for editing it.
 
-    ``contexts`` are templates with one ``{}`` for the prompt, the bare ``{}`` first; they are part of an edit's
-    definition. Each for the layers where it was asked for: ``covariances`` maps a layer to C = E[k kᵀ] (p, p),
-    ``gradients`` to the gradient of the language-model loss on a corpus (d, p). ``originals`` are the weights before
-    the first edit, for all who ask; whoever writes to one tells it before. ``stopwatch`` counts the seconds of an edit
-    by stage. ``cuts`` is what was found out about passes of the model that are cut (`lit_edit.model.passes`),
-    ``keys`` are those of the batch being edited.
+    Attributes:
+        contexts: Templates with one ``{}`` for the prompt, the bare ``{}`` first; part of an edit's definition.
+        sites: The layers whose weight somebody has asked for, by index; see `site`.
+        edits: Requests applied so far.
+        finished_at: ``edits`` when the editor last finished a run.
+        stopwatch: Seconds of an edit by stage.
+        cuts: What was found out about partial passes of the model (`lit_edit.model.passes`).
+        keys: Keys of the batch being edited.
     """
 
     model: nn.Module
@@ -78,15 +79,12 @@ class Workspace:
     architecture: Architecture
     prompter: Prompter
     contexts: list[str]
-    covariances: dict[int, Tensor] = field(default_factory=dict)
-    gradients: dict[int, Tensor] = field(default_factory=dict)
+    sites: dict[int, EditedWeight] = field(default_factory=dict)
+    edits: int = 0
+    finished_at: int = 0
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     cuts: Known = field(default_factory=Known)
-    keys: KeptKeys = field(default_factory=KeptKeys)
-    originals: Originals = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.originals = Originals(self.model)
+    keys: BatchKeys = field(default_factory=BatchKeys)
 
     @classmethod
     def of(
@@ -114,17 +112,12 @@ class Workspace:
         """Where the model lies."""
         return self.architecture.device
 
-    def original(self, layer: int) -> Tensor | None:
-        """``W_0 (d, p)``, a layer's weight before its first edit; None where nobody has asked for originals.
-
-        It lies on the CPU, or, while the layer has not been edited, is the weight itself (`Originals.get`).
-
-        Raises:
-            ValueError: if the weight was changed without its originals being told.
-        """
-        part = self.architecture[layer]
-        stored = self.originals.get(part.name)
-        return stored.T if stored is not None and part.transposed else stored
+    def site(self, layer: int) -> EditedWeight:
+        """The editable weight of a layer."""
+        if layer not in self.sites:
+            part = self.architecture[layer]
+            self.sites[layer] = EditedWeight(part.projection.weight, part.name, layer, part.transposed)  # type: ignore[arg-type]
+        return self.sites[layer]
 
     def rewriting_rows(self, request: EditRequest, contexts: Sequence[str] | None = None) -> list[Row]:
         """The edit prompt and its target within every context, the subject located behind the context.

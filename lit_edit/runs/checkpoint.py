@@ -43,5 +43,32 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             trainer.strategy.checkpoint_io = cls()
 
 
+def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Lets Lightning go on in an epoch that was finished when the data had fewer requests.
+
+    It would otherwise hold the whole run for done, or with a higher `max_epochs` begin again with the first request.
+    """
+    progress = checkpoint["loops"]["fit_loop"]
+    if progress["epoch_progress"]["current"]["processed"]:
+        for counts in progress["epoch_progress"].values():
+            counts.update(processed=counts["processed"] - 1, completed=counts["processed"] - 1)
+    progress["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
+def reopen_end(checkpoint: dict[str, Any]) -> None:
+    """Lets Lightning end a run again whose checkpoint was saved in the hooks at the epoch's end.
+
+    It would otherwise leave at once, without the hooks at the end of a run, in which callbacks measure. Taken for saved
+    at the end of the last batch, it goes through these and edits nothing.
+    """
+    progress = checkpoint["loops"]["fit_loop"]
+    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    if epoch["current"]["processed"] > epoch["current"]["completed"] and batch["is_last_batch"]:
+        for counts in epoch.values():
+            counts["processed"] -= 1
+        for kind in ("total", "current"):
+            batch[kind]["completed"] = batch[kind]["processed"] - 1
+
+
 def _is_remote(path: Any) -> bool:
     return "://" in str(path)

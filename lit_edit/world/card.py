@@ -87,7 +87,6 @@ def single_edits(
     workspace = session.workspace
     reference = LocalityReference()
     reference.collect(model, workspace.prompter, requests)
-    original = {part.index: part.weight.clone() for part in session.editable}
     plan = session.plan(requests)
     total: dict[str, float] = {"p(v*)": sum(plan.probability)}
     for i, request in enumerate(requests):
@@ -97,12 +96,11 @@ def single_edits(
             layers=[plan.layers[i]],
             data=replace(plan.data, problems=[plan.data.problems[i]], targets=[plan.data.targets[i]]),
         )
-        editor.memory.clear()
         editor.apply(workspace, one)
         for name, value in evaluate(model, workspace.prompter, [request], reference).items():
             total[name] = total.get(name, 0.0) + value
-        for part in session.editable:
-            part.weight.copy_(original[part.index])
+        for site in session.sites:
+            site.restore()
     return {name: value / len(requests) for name, value in total.items()}
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from lit_edit.algebra.updates import LowRank
-from lit_edit.editors.base import Applied, Editor, Plan
+from lit_edit.editors.base import Editor, Plan
 from lit_edit.editors.mend.network import HyperNetwork, HyperNetworkError, gradient_factors
-from lit_edit.editors.restraints import Restraint, Source
-from lit_edit.editors.writing import RestrainedWriting
+from lit_edit.editors.restraints import Restraint, UpdateKind, check_restraints
+from lit_edit.model.edited_weight import Written
 from lit_edit.model.trial import Factors, edit_batch, low_rank_change, target_nll, target_probability
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
@@ -29,8 +28,6 @@ class MEND(Editor):
             `lit_edit.editors.mend.training`.
         restraints: what is done to every update of a weight, or to the sum of them, in this order. An update's rank is
             the number of tokens of the batch, not of its requests.
-        carry_rounding: whether what rounding takes of a weight of 16 bits is kept, in as much memory again, and
-            counted with the weight at the next edit (`lit_edit.editors.remainders.Remainders`).
 
     Raises:
         HyperNetworkError: if there is none; the message says how to train one.
@@ -41,10 +38,9 @@ class MEND(Editor):
         self,
         hypernetwork: str = "embedded",
         restraints: list[Restraint] | None = None,
-        carry_rounding: bool = True,
     ) -> None:
-        self.writing = RestrainedWriting(restraints, Source(type(self).__name__), carry_rounding)
-        self.restraints = self.writing.restraints
+        self.restraints = list(restraints or [])
+        check_restraints(self.restraints, UpdateKind(type(self).__name__))
         self.hypernetwork = hypernetwork
         self.network, self.header = HyperNetwork.load(hypernetwork)
 
@@ -52,26 +48,6 @@ class MEND(Editor):
         """Those of the hyper-network."""
         self.network.check(workspace.architecture)
         return list(self.network.layers)
-
-    @property
-    def needs_covariances(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def needs_gradients(self) -> bool:
-        """As the restraints say."""
-        return self.writing.needs_gradients
-
-    @property
-    def needs_originals(self) -> bool:
-        """As the restraints say."""
-        return self.writing.needs_originals
-
-    @property
-    def carries_rounding(self) -> bool:
-        """As asked for."""
-        return self.writing.remainders.on
 
     def check(self, workspace: Workspace, batch_size: int) -> None:
         """Refuses a model other than the one that the hyper-network was trained for."""
@@ -105,26 +81,6 @@ class MEND(Editor):
         layers, n = tuple(self.network.layers), len(requests)
         return Plan(list(requests), [layers] * n, loss, probability, [1] * n, changes)
 
-    @torch.no_grad()
-    def apply(self, workspace: Workspace, plan: Plan) -> list[Applied]:
+    def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:
         """Writes the change of every layer, restrained."""
-        changes: dict[int, Factors] = plan.data
-
-        def change(layer: int) -> LowRank:
-            with workspace.stopwatch.measure("write"):
-                return LowRank(*changes[layer])
-
-        return self.writing.apply(workspace, plan, self.network.layers, change)
-
-    @torch.no_grad()
-    def finish(self, workspace: Workspace) -> list[Applied]:
-        """What restraints do once, at the end."""
-        return self.writing.finish(workspace, self.network.layers)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """How many requests were applied, see `RestrainedWriting.state_dict`."""
-        return self.writing.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` gave."""
-        self.writing.load_state_dict(state)
+        return self.write(workspace, plan, lambda site: LowRank(*plan.data[site.layer]))

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_edit.algebra.subspaces import ImplicitKnowledge, cleaned, orthonormal, without, written_basis
+from lit_edit.algebra.subspaces import cleaned, orthonormal, principal_directions, without, written_basis
 from lit_edit.algebra.updates import Additive, LowRank, Update
-from lit_edit.editors.restraints.base import Ground, Restraint, Source
+from lit_edit.editors.restraints.base import Restraint, UpdateKind
+from lit_edit.model.edited_weight import EditedWeight
 
 _NOTHING = 1e-9  # of an update: what a projection leaves of it is then its own rounding
 
@@ -61,15 +62,14 @@ class OEditPlus(Restraint):
         if not past and not gradient_share:
             raise ValueError("O-Edit+ has no space to project out: set `past: true` or a gradient_share above 0.")
         self.past, self.cleaning = past, cleaning
-        self.needs_original = past
         self.needs_gradient = gradient_share > 0
 
-    def check(self, source: Source, before: Sequence[Restraint] = (), after: Sequence[Restraint] = ()) -> None:
+    def check(self, kind: UpdateKind, before: Sequence[Restraint] = (), after: Sequence[Restraint] = ()) -> None:
         """Refuses updates that are of full rank, unless earlier edits are left out, and what undoes the projection."""
-        super().check(source, before, after)
+        super().check(kind, before, after)
         spreading = [type(restraint).__name__ for restraint in before if restraint.spreads]
-        if self.past and (source.dense or spreading):
-            full = " after ".join([*reversed(spreading), source.name])
+        if self.past and (kind.dense or spreading):
+            full = " after ".join([*reversed(spreading), kind.name])
             raise ValueError(
                 f"O-Edit+ keeps updates out of the column space of all edits so far, and an update by {full} has full "
                 "rank: the first one fills the whole space. Set `past: false` to project out of the gradient's "
@@ -84,35 +84,34 @@ class OEditPlus(Restraint):
                 )
 
     @torch.no_grad()
-    def restrain(self, update: Update, ground: Ground) -> Update:
+    def restrain(self, update: Update, site: EditedWeight) -> Update:
         """The update's part outside of both spaces; a low-rank update stays one.
 
         Raises:
             ValueError: if a statistic is missing, or if the spaces leave nothing of the update.
         """
-        past, implicit = self.spaces(ground)
+        past, implicit = self.spaces(site)
         if isinstance(update, LowRank):
             left = update.left.to(past.device)
             restrained: Update = LowRank(left=without(without(left, past), implicit), right=update.right)
         else:
-            restrained = Additive(without(without(update.delta(ground.weight), past), implicit))
+            restrained = Additive(without(without(update.delta(site.weight), past), implicit))
         if update.norm > 0 and restrained.norm <= _NOTHING * update.norm:
             d, r, q = past.shape[0], past.shape[1], implicit.shape[1]
             raise ValueError(
-                f"O-Edit+ finds no room for edit {ground.edits + 1} in layer {ground.layer!r}: of {d} output "
-                f"directions {r} are taken by the edits so far and {q} by the gradient, and the whole update lies in "
+                f"O-Edit+ finds no room for another edit in layer {site.name!r}: of {d} output directions "
+                f" {r} are taken by the edits so far and {q} by the gradient, and the whole update lies in "
                 f"them. Lower gradient_share ({self.implicit.share:g}), set max_directions, or write fewer edits."
             )
         return restrained
 
-    def spaces(self, ground: Ground) -> tuple[Tensor, Tensor]:
+    def spaces(self, site: EditedWeight) -> tuple[Tensor, Tensor]:
         """``V_r (d, r)`` and the cleaned ``V_q (d, q)``, both in float64."""
-        past = ground.weight.new_zeros((len(ground.weight), 0), dtype=torch.float64)
-        implicit = past
+        past = implicit = torch.empty(site.shape[0], 0, dtype=torch.float64, device=site.device)
         if self.past:
-            past = written(ground, ground.rank_here)
+            past = written(site, site.rank)
         if self.needs_gradient:
-            implicit = self.implicit.directions(ground.gradient, ground.edits_here + ground.batch_here, ground.layer)
+            implicit = self.implicit.directions(site)
             if self.cleaning != "none":
                 implicit = cleaned(implicit, past)
             if self.cleaning == "orthonormal":
@@ -120,19 +119,51 @@ class OEditPlus(Restraint):
         return past, implicit
 
 
-def written(ground: Ground, rank: int | None = None) -> Tensor:
+class ImplicitKnowledge:
+    """``V_q``: the leading directions of a model's own gradient, more of them with every edit (O-Edit, section 3.2.2).
+
+    ``q = ⌊share · edits⌋``, at most ``limit`` and the gradient's rank. Every gradient is decomposed once.
+
+    Args:
+        share: ``λ3``, directions per edit; 0 for none.
+        limit: Most directions; None for no limit of its own.
+
+    Raises:
+        ValueError: For a share that is negative or not finite, or a limit below 0.
+    """
+
+    def __init__(self, share: float, limit: int | None = None) -> None:
+        if not 0 <= share < float("inf"):
+            raise ValueError(f"The gradient's share of directions per edit must be at least 0, not {share}.")
+        if limit is not None and limit < 0:
+            raise ValueError(f"The most directions of the gradient cannot be {limit}: give a number, or null for all.")
+        self.share, self.limit = float(share), limit
+
+    def directions(self, site: EditedWeight) -> Tensor:
+        """``V_q (d, q)`` of a layer in float64, orthonormal; the batch being written counts.
+
+        Raises:
+            ValueError: If there is no gradient.
+        """
+        gradient = site.gradient
+        if gradient is None:
+            raise ValueError(
+                f"There is no gradient of the language-model loss for layer {site.name!r}: collect it with "
+                "`train.py statistics`, or leave implicit knowledge out (gradient_share 0)."
+            )
+        found = site.derived("principal directions of the gradient", lambda: principal_directions(gradient))
+        # A product like 0.29 * 100 comes out just below the whole number it stands for.
+        number = int(self.share * (site.edits + site.pending) + 1e-9)
+        return found[:, : number if self.limit is None else min(number, self.limit)]
+
+
+def written(site: EditedWeight, rank: int | None = None) -> Tensor:
     """``V_r (d, r)`` of a layer (see `written_basis`).
 
     Args:
-        ground: the layer.
-        rank: what the rank of all edits so far is at most; one per request if None, the leading directions where they
-            are more.
-
-    Raises:
-        ValueError: if its weight before the first edit was not kept.
+        site: The layer.
+        rank: Bound on the rank of all edits so far; one per request if None, the leading directions where they are
+            more.
     """
-    if ground.original is None:
-        raise ValueError(f"The weight of layer {ground.layer!r} before the first edit was not kept (originals).")
-    original = ground.original.to(ground.weight.device)
-    edits = ground.edits_here if rank is None else rank
-    return written_basis(ground.exact.dense(), original, edits, ground.exact.eps)
+    exact = site.exact
+    return written_basis(exact.dense(), site.original.to(site.device), site.edits if rank is None else rank, exact.eps)

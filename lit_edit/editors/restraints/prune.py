@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lit_edit.algebra.linalg import singular_values, svd_of_rank
 from lit_edit.algebra.updates import LowRank
-from lit_edit.editors.restraints.base import Ground, Restraint
+from lit_edit.editors.restraints.base import Restraint
+from lit_edit.model.edited_weight import EditedWeight
 
 _NEGLIGIBLE = 1e-4  # of the largest singular value: what is cut is above it, and then off by less than 1e-8
 
@@ -45,8 +46,6 @@ class PRUNE(Restraint):
         ValueError: for numbers out of range or an unknown form.
     """
 
-    needs_original = True
-
     def __init__(
         self,
         alpha: float = 1.2,
@@ -65,23 +64,23 @@ class PRUNE(Restraint):
             raise ValueError(f"PRUNE works every so many requests, 1 or more, not {every_n}; null prunes at the end.")
         self.alpha, self.form, self.beta, self.every_n = alpha, form, beta, every_n
 
-    @torch.no_grad()
-    def total(self, ground: Ground, last: bool) -> LowRank | None:
-        """What takes the weight to ``W_0 + ΔW'``, of the rank of what is too large; None where nothing is, or not yet.
+    def total(self, site: EditedWeight, before: int, after: int) -> LowRank | None:
+        """With ``every_n``, what takes the weight to ``W_0 + ΔW'`` whenever the count is reached or crossed."""
+        due = self.every_n is not None and after // self.every_n > before // self.every_n
+        return self._pruned(site) if due else None
 
-        Raises:
-            ValueError: if the weight before the first edit is missing.
-        """
-        if not self._due(ground, last):
-            return None
-        if ground.original is None:
-            raise ValueError(f"PRUNE needs the weight of layer {ground.layer!r} as it was before the first edit.")
-        weight = ground.exact.dense()
-        original = ground.original.detach().to(weight)
+    def finish(self, site: EditedWeight) -> LowRank | None:
+        """Without ``every_n``, what takes the weight to ``W_0 + ΔW'``, of the rank of what is too large."""
+        return self._pruned(site) if self.every_n is None else None
+
+    @torch.no_grad()
+    def _pruned(self, site: EditedWeight) -> LowRank | None:
+        weight = site.exact.dense()
+        original = site.original.to(weight)
         if torch.equal(weight, original):
             return None
         largest = singular_values(original)[0]
-        u, sigma, vt = svd_of_rank(weight - original, self._rank(ground), _NEGLIGIBLE * float(largest))
+        u, sigma, vt = svd_of_rank(weight - original, site.rank, _NEGLIGIBLE * float(largest))
         cut = self.restrained(sigma, largest) - sigma
         rank = int((cut < 0).sum())  # descending, and what is cut stands in front
         return LowRank(left=u[:, :rank] * cut[:rank], right=vt[:rank]) if rank else None
@@ -98,13 +97,3 @@ class PRUNE(Restraint):
         else:
             pruned = sigma / self.beta + (1 - 1 / self.beta) * largest
         return torch.where(sigma > largest, torch.minimum(pruned, sigma), sigma)
-
-    @staticmethod
-    def _rank(ground: Ground) -> int:
-        """What to try first; `svd_of_rank` finds out where the rank is higher."""
-        return ground.edits_here + ground.batch_here if ground.rank_here is None else ground.rank_here
-
-    def _due(self, ground: Ground, last: bool) -> bool:
-        if self.every_n is None:
-            return last
-        return not last and (ground.edits + ground.batch) // self.every_n > ground.edits // self.every_n

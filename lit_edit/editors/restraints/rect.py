@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lit_edit.algebra.updates import Additive, Update
-from lit_edit.editors.restraints.base import Ground, Restraint
+from lit_edit.editors.restraints.base import Restraint
+from lit_edit.model.edited_weight import EditedWeight
 
 
 class RECT(Restraint):
@@ -36,12 +37,12 @@ class RECT(Restraint):
         self.spreads = keep < 1
 
     @torch.no_grad()
-    def restrain(self, update: Update, ground: Ground) -> Update:
+    def restrain(self, update: Update, site: EditedWeight) -> Update:
         """The update with its smaller relative changes set to zero; the update itself if all are kept."""
         if self.keep == 1:
             return update
-        change = update.delta(ground.weight)
-        return Additive(change * _largest(change, ground.exact.dense(), self.keep))
+        change = update.delta(site.weight)
+        return Additive(change * _largest(change, site.exact.dense(), self.keep))
 
 
 def _largest(change: Tensor, weight: Tensor, keep: float) -> Tensor:

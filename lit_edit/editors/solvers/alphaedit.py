@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from lit_edit.algebra.linalg import check_null_space_choice, solve_spd
+from lit_edit.algebra.linalg import check_null_space_choice, null_space_projector, solve_spd
 from lit_edit.algebra.updates import LowRank
-from lit_edit.editors.solvers.base import Problem, Solver, check_positive
-from lit_edit.editors.solvers.kept import KeptProjection, room_for_keys
+from lit_edit.editors.solvers.base import Solver, check_positive, residual
+from lit_edit.editors.solvers.preserved import PreservedNullSpace, room_for_keys
+from lit_edit.model.edited_weight import EditedWeight
+
+_NAME = "AlphaEdit.null_space"  # of what is kept for a layer
 
 
 class AlphaEdit(Solver):
@@ -21,8 +22,7 @@ class AlphaEdit(Solver):
     ``P`` projects on the directions that the keys of a corpus hardly use, ``M`` holds the keys of past edits. Outputs
     of keys orthogonal to the range of ``P`` do not move at all.
 
-    ``P`` needs an eigendecomposition per layer. It is kept for as long as the layer comes with the very same covariance
-    tensor, not changed in place since.
+    ``P`` needs an eigendecomposition, once per layer.
 
     Args:
         threshold: eigenvectors of ``C`` with an eigenvalue below this span the null space; in squared activations, so
@@ -46,57 +46,53 @@ class AlphaEdit(Solver):
         check_null_space_choice(threshold, energy)  # here already, so that a bad config fails before any work
         self.threshold, self.energy = threshold, energy
         self.ridge = check_positive(ridge, "AlphaEdit's ridge")
-        self._kept: dict[str, KeptProjection] = {}
 
-    @torch.no_grad()
-    def solve(self, problem: Problem) -> LowRank:
-        """The update, of rank ``n`` at most.
-
-        Raises:
-            ValueError: if the covariance is missing or its null space is empty.
-        """
-        kept = self._projection(self.covariance(problem), problem.layer, problem.keys)
-        remembered = self.remembered(problem)
-        kept = (kept if kept.begins(remembered) else kept.forgetting()).with_all(remembered)
-        self._kept[problem.layer] = kept
+    def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> LowRank:
+        kept = self._null_space(site).with_all(self.remembered(site), site)
+        site.kept[_NAME] = kept
         # ΔWᵀ = X Rᵀ where X lies in the range of P, so P S P may stand for P S. With B = L₂ I + P M Mᵀ P the system to
         # solve is (B + P K Kᵀ P) X = P K, and X = B⁻¹ P K (I + Kᵀ P B⁻¹ P K)⁻¹.
-        x = kept.solve(problem.keys)
-        inner = problem.keys.T @ x
+        x = kept.solve(keys)
+        inner = keys.T @ x
         inner = (inner + inner.T) / 2
         inner.diagonal().add_(1.0)
-        return LowRank(left=problem.residual, right=solve_spd(inner, x.T))
+        return LowRank(residual(site, keys, targets, value_keys), solve_spd(inner, x.T))
 
-    def check_covariance(self, covariance: Tensor, layer: str, device: torch.device) -> None:
+    def check(self, site: EditedWeight) -> None:
         """Computes the projector, which the first edit will need anyway.
 
         Raises:
-            ValueError: if the null space is empty.
+            ValueError: If the covariance is missing or its null space is empty.
         """
-        self._projection(covariance, layer, torch.empty(len(covariance), 0, dtype=torch.float64, device=device))
+        self._null_space(site)
 
     def kept_size(self, d: int, p: int) -> int:
         """The projector, what remembered keys make of it, and the last of them as they are and solved for."""
         return 2 * p * p + room_for_keys(p) if self.use_memory else p * p
 
-    def projector(self, problem: Problem) -> Tensor:
-        """``P (p, p)`` in float64 for the problem's layer, computed once per covariance.
+    def projector(self, site: EditedWeight) -> Tensor:
+        """``P (p, p)`` in float64, computed once per layer.
 
         Raises:
-            ValueError: if the covariance is missing or its null space is empty.
+            ValueError: If the covariance is missing or its null space is empty.
         """
-        return self._projection(self.covariance(problem), problem.layer, problem.keys).projector
+        return self._null_space(site).projector
 
-    def _projection(self, covariance: Tensor, layer: str, like: Tensor) -> KeptProjection:
-        kept = self._kept.get(layer)
-        chosen = (self.threshold, self.energy)
-        if kept is not None and kept.is_of(covariance, like.device) and kept.chosen_by == chosen:
-            return kept if kept.ridge == self.ridge else replace(kept.forgetting(), ridge=self.ridge)
-        kept = KeptProjection.of(covariance, self.ridge, like, threshold=self.threshold, energy=self.energy)
-        if kept is None:
-            raise ValueError(self._no_null_space(covariance, layer))
-        self._kept[layer] = kept
-        return kept
+    def _null_space(self, site: EditedWeight) -> PreservedNullSpace:
+        known, chosen_by = site.kept.get(_NAME), (self.threshold, self.energy, self.ridge)
+        covariance = self.covariance(site)
+        if isinstance(known, PreservedNullSpace) and known.chosen_by == chosen_by:
+            if known.fits(site):
+                return known
+            projector = known.projector
+        else:
+            projector, dimension = null_space_projector(
+                covariance.to(site.device), threshold=self.threshold, energy=self.energy
+            )
+            if not dimension:
+                raise ValueError(self._no_null_space(covariance, site.name))
+        known = site.kept[_NAME] = PreservedNullSpace.of(projector, self.ridge, site, chosen_by)
+        return known
 
     def _no_null_space(self, covariance: Tensor, layer: str) -> str:
         values = torch.linalg.eigvalsh(covariance.detach().to(torch.float64))

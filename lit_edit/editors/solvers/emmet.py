@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lit_edit.algebra.linalg import solve_spd
 from lit_edit.algebra.updates import LowRank
-from lit_edit.editors.solvers.base import Problem, Solver, check_positive
-from lit_edit.editors.solvers.kept import room_for_keys
+from lit_edit.editors.solvers.base import Solver, check_positive, residual
+from lit_edit.editors.solvers.preserved import room_for_keys
+from lit_edit.model.edited_weight import EditedWeight
 
 # Of the keys' Gram matrix in G⁻¹, scaled to a unit diagonal: with less, two facts stand on what float32 rounding left
 # of the difference between their keys.
@@ -44,24 +45,16 @@ class EMMET(Solver):
         """The factor of the key covariance, and room for remembered keys."""
         return p * p + (room_for_keys(p) if self.use_memory else 0)
 
-    @torch.no_grad()
-    def solve(self, problem: Problem) -> LowRank:
-        """The update, of rank ``n`` at most.
-
-        Raises:
-            ValueError: if a key is zero, the keys depend on one another without a ridge, or the covariance is missing.
-            NotPositiveDefiniteError: if the preserved Gram matrix is singular.
-        """
-        keys = problem.keys
+    def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> LowRank:
         if not keys.any(dim=0).all():
-            raise ValueError(f"A key of layer {problem.layer!r} is zero: no change of the weight can move its output.")
-        whitened = self.whitened_keys(problem, self.preservation)
+            raise ValueError(f"A key of layer {site.name!r} is zero: no change of the weight can move its output.")
+        whitened = self.whitened_keys(site, keys, self.preservation)
         inner = keys.T @ whitened
         inner = (inner + inner.T) / 2
         if keys.shape[1] > 1:
             inner.diagonal().add_(self.ridge)
-        self._check_independent(inner, problem.layer)
-        return LowRank(left=problem.residual, right=solve_spd(inner, whitened.T))
+        self._check_independent(inner, site.name)
+        return LowRank(residual(site, keys, targets, value_keys), solve_spd(inner, whitened.T))
 
     @staticmethod
     def _check_independent(inner: Tensor, layer: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from lit_edit.algebra.linalg import NotPositiveDefiniteError, solve_spd
 from lit_edit.algebra.updates import LowRank
-from lit_edit.editors.solvers.base import Problem, Solver, check_positive, preserved_gram
-from lit_edit.editors.solvers.kept import room_for_keys
+from lit_edit.editors.solvers.base import Solver, check_positive, preserved_gram, residual
+from lit_edit.editors.solvers.preserved import room_for_keys
+from lit_edit.model.edited_weight import EditedWeight
 
 
 class MEMIT(Solver):
@@ -34,23 +35,16 @@ class MEMIT(Solver):
         """The factor of the key covariance, and room for remembered keys."""
         return p * p + (room_for_keys(p) if self.use_memory else 0)
 
-    @torch.no_grad()
-    def solve(self, problem: Problem) -> LowRank:
-        """The update, of rank ``n`` at most.
-
-        Raises:
-            ValueError: if the covariance is missing.
-            NotPositiveDefiniteError: if the matrix to invert is singular.
-        """
-        keys, remembered = problem.keys, self.remembered(problem)
+    def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> LowRank:
+        missing = residual(site, keys, targets, value_keys)
         try:
             # (G + K Kᵀ)⁻¹ K = G⁻¹ K (I + Kᵀ G⁻¹ K)⁻¹ with G = λ C + M Mᵀ.
-            whitened = self.preserved(problem, self.preservation).solve(keys)
+            whitened = self.preserved(site, self.preservation).solve(keys)
         except NotPositiveDefiniteError:
             # Few tokens leave G singular; the keys themselves may still make the sum definite.
-            gram = preserved_gram(self.covariance(problem), remembered, self.preservation)
-            return LowRank(left=problem.residual, right=solve_spd(gram.addmm_(keys, keys.T), keys).T)
+            gram = preserved_gram(self.covariance(site), self.remembered(site), self.preservation)
+            return LowRank(missing, solve_spd(gram.addmm_(keys, keys.T), keys).T)
         inner = keys.T @ whitened
         inner = (inner + inner.T) / 2
         inner.diagonal().add_(1.0)
-        return LowRank(left=problem.residual, right=solve_spd(inner, whitened.T))
+        return LowRank(missing, solve_spd(inner, whitened.T))

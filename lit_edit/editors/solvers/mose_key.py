@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lit_edit.algebra.exact import ExactWeight
 from lit_edit.algebra.krylov import Preserved, procrustes_near_identity
-from lit_edit.algebra.linalg import procrustes, solve_factored, solve_spd, version_of
-from lit_edit.algebra.updates import KeyRotation, ThinKeyRotation, Update
-from lit_edit.editors.solvers.base import Problem, Solver, check_positive
-from lit_edit.editors.solvers.kept import marks
+from lit_edit.algebra.linalg import procrustes, solve_factored, solve_spd
+from lit_edit.algebra.updates import Rotation
+from lit_edit.editors.solvers.base import Solver, check_positive
+from lit_edit.model.edited_weight import EditedWeight
 
 FOLD_AT = 128  # columns beside the eigenbasis
+_NAME, _TRIANGLE = "MOSEKey.eigenvectors", "MOSEKey.triangle"  # of what is kept for a layer
 _CORRECTIONS, _EXACT = 6, 1e-12  # of solutions with a triangle: how often at most, and what is good enough
 _NOTHING = 1e-8  # of a key's length: a null-space part this short is rounding and points nowhere
 
@@ -76,58 +77,45 @@ class MOSEKey(Solver):
         if method not in ("krylov", "svd"):
             raise ValueError(f"The method of MOSEKey is 'krylov' or 'svd', not {method!r}.")
         self.target, self.method = target, method
-        self._kept: dict[str, _Kept] = {}
-        self._triangles: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def solve(self, problem: Problem) -> Update:
-        """The rotation ``Q``.
-
-        Raises:
-            ValueError: if a key is zero or the covariance is missing.
-            NotPositiveDefiniteError: if ``target`` is ``least_change`` and the covariance is singular.
-        """
-        keys = problem.keys
+    def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> Rotation:
         if not keys.any(dim=0).all():
-            raise ValueError(f"A key of layer {problem.layer!r} is zero: no rotation can move its output.")
-        given, remembered = self.covariance(problem), self.remembered(problem)
+            raise ValueError(f"A key of layer {site.name!r} is zero: no rotation can move its output.")
+        covariance = self.covariance(site).detach()
         if self.target == "exact":
-            wanted = self._matched(problem)
+            wanted = self._matched(site, keys, targets)
         else:
-            wanted = least_changed_keys(problem.exact.dense(), keys, problem.targets, given.detach().to(keys))
+            wanted = least_changed_keys(site.exact.dense(), keys, targets, covariance.to(keys))
         if self.method == "svd" or 60 * keys.shape[1] >= len(keys):  # a space for so many keys would fill the whole
-            m = torch.addmm(self.preservation * given.detach().to(keys), remembered, remembered.T)
-            return KeyRotation(procrustes(m.addmm_(wanted, keys.T)))
-        kept = self._kept.get(problem.layer)
-        if kept is None or not kept.belongs_to(given, remembered, self.preservation):
-            base = Preserved.of(self.preservation * given.detach().to(keys))
-            kept = _Kept(given, version_of(given), self.preservation, base, 0, marks(remembered, 0))
-        kept = self._kept[problem.layer] = kept.with_all(remembered)
-        solution = procrustes_near_identity(kept.preserved, wanted, keys)
-        return ThinKeyRotation(solution.basis, solution.turn)
+            remembered = self.remembered(site).to(keys)
+            m = torch.addmm(self.preservation * covariance.to(keys), remembered, remembered.T)
+            return Rotation(procrustes(m.addmm_(wanted, keys.T)), of_keys=True)
+        solution = procrustes_near_identity(self._preserved(site), wanted, keys)
+        return Rotation(solution.turn, solution.basis, of_keys=True)
 
-    def _matched(self, problem: Problem) -> Tensor:
+    def _preserved(self, site: EditedWeight) -> Preserved:
+        """``λ C + M Mᵀ`` by its eigenvectors, grown key by key."""
+        kept = site.kept.get(_NAME)
+        if not isinstance(kept, _Eigenvectors) or not kept.fits(site, self.preservation):
+            base = Preserved.of(self.preservation * self.covariance(site).to(site.device, torch.float64))
+            kept = _Eigenvectors(self.preservation, base, 0, site.forgotten)
+        kept = site.kept[_NAME] = kept.with_all(self.remembered(site), site)
+        return kept.preserved
+
+    def _matched(self, site: EditedWeight, keys: Tensor, targets: Tensor) -> Tensor:
         """`matched_keys` with the triangle kept: turning keys leaves ``W Wᵀ`` as it is but for rounding."""
-        weight, outputs = problem.exact, torch.cat([problem.targets, problem.outputs(problem.keys)], dim=1)
-        kept = self._triangles.get(problem.layer)
-        rows = None if kept is None or len(kept) != weight.shape[0] else _refined(weight, outputs, kept)
+        weight, outputs = site.exact, torch.cat([targets, site.exact @ keys], dim=1)
+        kept = site.kept.get(_TRIANGLE)
+        rows = None if kept is None else _refined(weight, outputs, kept["triangle"])
         if rows is None:
             fresh = _triangle(weight.dense())
             if fresh is None:
-                return matched_keys(weight.dense(), problem.keys, problem.targets)
-            self._triangles[problem.layer] = fresh
+                return matched_keys(weight.dense(), keys, targets)
+            site.kept[_TRIANGLE] = {"triangle": fresh}  # for the checkpoint: anew it would differ in the last bits
             rows = _refined(weight, outputs, fresh)
         if rows is None:
             rows = torch.linalg.pinv(weight.dense()) @ outputs
-        return _matched(problem.keys, problem.targets, rows)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The triangles by layer: computed anew they would differ in the last bits."""
-        return dict(self._triangles)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores them."""
-        self._triangles = dict(state)
+        return _matched(keys, targets, rows)
 
     def kept_size(self, d: int, p: int) -> int:
         """A triangle and, with ``method="krylov"``, the eigenvectors and what stands beside them."""
@@ -139,36 +127,26 @@ class MOSEKey(Solver):
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
-    """``λ C + M Mᵀ`` by eigenvectors, with the covariance that it was made from and marks of the remembered keys."""
+class _Eigenvectors:
+    """``λ C + M Mᵀ`` by eigenvectors, with the number of keys remembered in it."""
 
-    covariance: Tensor
-    version: int
     preservation: float
     preserved: Preserved
     known: int
-    marked: Tensor
+    forgotten: int
 
-    def belongs_to(self, covariance: Tensor, remembered: Tensor, preservation: float) -> bool:
-        return (
-            covariance is self.covariance
-            and version_of(covariance) == self.version
-            and preservation == self.preservation
-            and remembered.device == self.marked.device
-            and remembered.shape[1] >= self.known
-            and torch.equal(marks(remembered, self.known), self.marked)
-        )
+    def fits(self, site: EditedWeight, preservation: float) -> bool:
+        return self.preservation == preservation and (not self.known or self.forgotten == site.forgotten)
 
-    def with_all(self, remembered: Tensor) -> _Kept:
+    def with_all(self, remembered: Tensor, site: EditedWeight) -> _Eigenvectors:
         # One by one, so that the result does not depend, to the last bit, on how many came at once: a run that goes on
         # from a checkpoint gets all of them together.
         preserved = self.preserved
-        for column in remembered[:, self.known :].T:
+        for column in remembered[:, self.known :].to(preserved.values).T:
             preserved = preserved.with_columns(column[:, None])
             if preserved.factor.shape[1] >= FOLD_AT:
                 preserved = preserved.folded()
-        m = remembered.shape[1]
-        return replace(self, preserved=preserved, known=m, marked=marks(remembered, m))
+        return replace(self, preserved=preserved, known=remembered.shape[1], forgotten=site.forgotten)
 
 
 def matched_keys(weight: Tensor, keys: Tensor, targets: Tensor) -> Tensor:

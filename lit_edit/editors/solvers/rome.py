@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lit_edit.algebra.linalg import solve_spd
 from lit_edit.algebra.updates import LowRank
-from lit_edit.editors.solvers.base import Problem, Solver, check_positive, preserved_gram
-from lit_edit.editors.solvers.kept import room_for_keys
+from lit_edit.editors.solvers.base import Solver, check_positive, preserved_gram, residual
+from lit_edit.editors.solvers.preserved import room_for_keys
+from lit_edit.model.edited_weight import EditedWeight
 
 
 class ROME(Solver):
@@ -51,34 +53,24 @@ class ROME(Solver):
                 f"ROME writes one fact at a time and got {batch_size} in a batch: set batch_size to 1, or use MEMIT."
             )
 
-    @torch.no_grad()
-    def solve(self, problem: Problem) -> LowRank:
-        """The rank-one update for a single key.
-
-        Raises:
-            ValueError: if there are several keys, the key is zero, two keys are orthogonal in ``G⁻¹``, or the
-                covariance is missing.
-            NotPositiveDefiniteError: if the preserved Gram matrix is singular.
-        """
-        key = problem.keys
+    def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> LowRank:
+        key = keys
         self.check_batch_size(key.shape[1])
         if not key.any():
-            raise ValueError(
-                f"The key of layer {problem.layer!r} is zero: no change of the weight can move its output."
-            )
-        memory = self.remembered(problem)
+            raise ValueError(f"The key of layer {site.name!r} is zero: no change of the weight can move its output.")
+        memory = self.remembered(site)
         if self.needs_covariance:
-            u = self.whitened_keys(problem, self.preservation)
+            u = self.whitened_keys(site, key, self.preservation)
         elif memory.shape[1]:
             identity = torch.eye(len(key), dtype=torch.float64, device=key.device)
             u = solve_spd(preserved_gram(identity, memory, self.preservation), key)
         else:
             u = key
-        value_key = key if problem.value_keys is None else problem.value_keys
+        value_key = key if value_keys is None else value_keys
         scale = u.T @ value_key
         if not scale.abs() > torch.finfo(torch.float64).eps * u.norm() * value_key.norm():
             raise ValueError(
-                f"The two keys of layer {problem.layer!r} have nothing in common: no change along the one moves the "
+                f"The two keys of layer {site.name!r} have nothing in common: no change along the one moves the "
                 "output of the other. Use one key in both places (leave `value_keys` out)."
             )
-        return LowRank(left=problem.residual / scale, right=u.T)
+        return LowRank(residual(site, keys, targets, value_keys) / scale, u.T)

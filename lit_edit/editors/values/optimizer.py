@@ -7,7 +7,7 @@ whose outputs it may change) contributes its rows, and a hook per layer changes 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.editors.keys import ROWS_AT_ONCE, KeyAverage, compute_keys
-from lit_edit.editors.restraints import Ground
 from lit_edit.editors.values.constraints import Constraint, NormClamp
 from lit_edit.editors.values.penalties import Penalty
 from lit_edit.editors.values.schedules import Descent, Plain, Schedule, Stage
@@ -190,7 +189,7 @@ class ValueOptimizer:
         average: KeyAverage,
         steps: int | None = None,
         contexts: Sequence[str] | None = None,
-        grounds: Mapping[int, Ground] | None = None,
+        penalties: Sequence[Penalty] = (),
     ) -> Values:
         """Runs the optimisation. Needs gradients enabled; leaves no gradient on the model's weights.
 
@@ -203,8 +202,8 @@ class ValueOptimizer:
             average: how keys are averaged, which fixes the starting point ``v0 = W k`` at site ``mlp``.
             steps: replaces the object's own number.
             contexts: replaces the workspace's contexts.
-            grounds: what penalties look at, for every layer of the problems. None leaves penalties out, as layer
-                policies do, which compare candidates by the plain loss.
+            penalties: Further terms of the loss. Layer policies leave them out: they compare candidates by the plain
+                loss.
         """
         problems = list(problems)
         texts = {i: self._rows(workspace, requests[i], contexts) for i in dict.fromkeys(p.request for p in problems)}
@@ -219,7 +218,7 @@ class ValueOptimizer:
                 average,
                 steps,
                 [texts[request] for request in place],
-                grounds,
+                penalties,
             )
             each = zip(values.targets, values.loss, values.probability, values.steps, strict=True)
             found |= dict(zip(part, each, strict=True))
@@ -244,7 +243,7 @@ class ValueOptimizer:
         average: KeyAverage,
         steps: int | None,
         rows: Sequence[_Rows],
-        grounds: Mapping[int, Ground] | None,
+        penalties: Sequence[Penalty],
     ) -> Values:
         """`optimise` for problems that all go together, with the texts of each request."""
         starts = self._starts(workspace, requests, problems, average)  # (slots, d)
@@ -256,9 +255,8 @@ class ValueOptimizer:
             else torch.ones_like(starts[:, :1])
         )
         texts = self._texts(workspace, rows, problems)
-        penalties = []
-        if grounds is not None:
-            penalties = [penalty.prepare([grounds[layer] for _, layer in slots]) for penalty in self.penalties]
+        sites = [workspace.site(layer) for _, layer in slots]
+        prepared = [penalty.prepare(sites) for penalty in penalties]
         device, n = starts.device, len(problems)
         look = _look_every(device)
 
@@ -275,7 +273,7 @@ class ValueOptimizer:
                 delta = free * unit
                 with torch.set_grad_enabled(step < stage.steps):
                     losses, nll = self._losses(round_, texts.before, outputs, starts, delta)
-                    terms = [penalty(self._moved(starts, delta)) for penalty in penalties]
+                    terms = [penalty(self._moved(starts, delta)) for penalty in prepared]
                     if stage.term is not None:
                         terms.append(stage.term(delta))
                     for term in terms:

@@ -9,32 +9,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_edit.algebra.subspaces import ImplicitKnowledge, cleaned
-from lit_edit.editors.restraints import Ground
-from lit_edit.editors.restraints.o_edit import written
+from lit_edit.algebra.subspaces import cleaned
+from lit_edit.editors.restraints.o_edit import ImplicitKnowledge, written
 from lit_edit.editors.solvers import Solver
+from lit_edit.model.edited_weight import EditedWeight
 
 
 class Penalty(ABC):
     """A further term of the loss.
 
     Attributes:
-        needs_original: whether the layers' weights before the first edit have to be kept.
         needs_gradient: whether the gradient statistics of the layers have to be collected.
     """
 
-    needs_original: bool = False
     needs_gradient: bool = False
 
     def check(self, solver: Solver) -> None:  # noqa: B027 - a penalty may suit any
         """Raises ValueError for solvers with which the term has no meaning; asked when an editor is put together."""
 
     @abstractmethod
-    def prepare(self, grounds: Sequence[Ground]) -> Callable[[Tensor], Tensor]:
+    def prepare(self, sites: Sequence[EditedWeight]) -> Callable[[Tensor], Tensor]:
         """The term for one optimisation.
 
         Args:
-            grounds: the layer of every slot, a slot being a request and a layer whose output is free.
+            sites: Layer of every slot, a slot being a request and a layer whose output is free.
 
         Returns:
             A differentiable function of the changes ``v − v0 (slots, d)`` that gives a number per slot, ``(slots,)``.
@@ -84,8 +82,6 @@ class OEdit(Penalty):
         self.past_weight, self.implicit_weight, self.similarity = past_weight, implicit_weight, similarity
         self.implicit = ImplicitKnowledge(gradient_share, max_directions)
         self.needs_gradient = implicit_weight > 0 and gradient_share > 0
-        # The gradient's directions are cleaned of the edits' even where these have no term of their own.
-        self.needs_original = past_weight > 0 or self.needs_gradient
 
     def check(self, solver: Solver) -> None:
         """Refuses solvers that turn a weight: the sum of their updates has full rank and leaves no direction free."""
@@ -97,18 +93,16 @@ class OEdit(Penalty):
             )
 
     @torch.no_grad()
-    def prepare(self, grounds: Sequence[Ground]) -> Callable[[Tensor], Tensor]:
+    def prepare(self, sites: Sequence[EditedWeight]) -> Callable[[Tensor], Tensor]:
         """The two terms with the subspaces as they are now."""
-        if not self.needs_original:
+        if not (self.past_weight or self.needs_gradient):
             return lambda change: change.new_zeros(len(change))
-        by_layer: dict[str, list[int]] = {}
-        for slot, ground in enumerate(grounds):
-            by_layer.setdefault(ground.layer, []).append(slot)
-        device = grounds[0].weight.device if grounds else None
+        by_layer: dict[int, list[int]] = {}
+        for slot, site in enumerate(sites):
+            by_layer.setdefault(site.layer, []).append(slot)
+        device = sites[0].device if sites else None
         # Laid out before the steps of an optimisation, none of which then has to wait for a copy to a GPU.
-        parts = [
-            (torch.tensor(slots, device=device), self._directions(grounds[slots[0]])) for slots in by_layer.values()
-        ]
+        parts = [(torch.tensor(slots, device=device), self._directions(sites[slots[0]])) for slots in by_layer.values()]
 
         def penalty(change: Tensor) -> Tensor:
             total = change.new_zeros(len(change))
@@ -119,13 +113,12 @@ class OEdit(Penalty):
 
         return penalty
 
-    def _directions(self, ground: Ground) -> list[tuple[float, Tensor]]:
+    def _directions(self, site: EditedWeight) -> list[tuple[float, Tensor]]:
         """The weight and the unit vectors (d, n) of every term that is not empty."""
-        past = written(ground)
+        past = written(site)
         terms = [(self.past_weight, past)]
         if self.needs_gradient:
-            edits = ground.edits_here + ground.batch_here
-            implicit = cleaned(self.implicit.directions(ground.gradient, edits, ground.layer), past)
+            implicit = cleaned(self.implicit.directions(site), past)
             terms.append((self.implicit_weight, implicit / implicit.norm(dim=0)))
         return [(weight, basis) for weight, basis in terms if weight and basis.shape[1]]
 
