@@ -153,9 +153,18 @@ class EveryNEdits(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_measured = state_dict["last_measured"]
 
-    def _is_due(self, edits: int) -> bool:
+    def counts(self, n_edits: int, batch_size: int) -> list[int]:
+        """The counts that a run of ``n_edits`` measures at after its start."""
+        found, last = [], 0
+        for edits in [*range(batch_size, n_edits, batch_size), n_edits]:
+            if self._is_due(edits, last) or (self.at_end and edits == n_edits):
+                found.append(edits)
+                last = edits
+        return found
+
+    def _is_due(self, edits: int, last: int | None = None) -> bool:
         """Whether a count to measure at lies after the last measured one, up to ``edits``."""
-        last = self._last_measured or 0
+        last = (self._last_measured or 0) if last is None else last
         if isinstance(self.every_n, list):
             return any(last < count <= edits for count in self.every_n)
         return edits // self.every_n > last // self.every_n

@@ -232,12 +232,13 @@ class EditCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """In a dry run, the memory: before the model takes it."""
-        self.foreseen: dry_run.Foreseen | None = None
         if self.dry:
-            self.foreseen = dry_run.foresee(self.config[self.subcommand].as_dict(), self.console)
+            dry_run.foresee(self.config[self.subcommand].as_dict(), self.console)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        Architecture(self.model.model, self.model.family)  # a model of an unknown kind is refused before it is asked
+        Architecture(
+            self.model.model, self.model.preparation.family
+        )  # a model of an unknown kind is refused before it is asked
         if not self.dry:
             try:
                 super()._run_subcommand(subcommand)
@@ -248,7 +249,7 @@ class EditCLI(LightningCLI):
             return
         retention = next((c for c in self.trainer.callbacks if isinstance(c, Retention)), None)  # type: ignore[attr-defined]
         device = self.trainer.strategy.root_device
-        dry_run.rehearse(self.model, self.datamodule, retention, device, self.foreseen, self.console)
+        dry_run.rehearse(self.model, self.datamodule, retention, device, self.console)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """TensorBoard under ``runs/<configuration>`` unless told otherwise; ``results.json`` beside it always.

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.editors import Editor, Plan
-from lit_edit.model.families import Family
+from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.loading import EMBEDDED, load_model, on_terminal, save_model
 from lit_edit.model.prompts import Prompter
 from lit_edit.requests import EditRequest
 from lit_edit.runs.checkpoint import VerifiedCheckpointIO, reopen_end, reopen_epoch
 from lit_edit.runs.delta import DeltaHeader, save_delta
 from lit_edit.runs.journal import Edit, Journal
-from lit_edit.session import EditSession
-from lit_edit.statistics import COMMAND, model_fingerprint
-from lit_edit.statistics.corpora import load_corpus
+from lit_edit.session import EditSession, Preparation
+from lit_edit.statistics import COMMAND
 
 CHECKPOINT_KEY = "lit_edit"
 _PREFIX = "model."  # of the names of the model's parameters in this module
@@ -38,14 +37,7 @@ class LitEdit(L.LightningModule):
         model: ``embedded``, a folder or a hub name; or a loaded model, together with its ``tokenizer``.
         tokenizer: of a loaded model.
         dtype: in which a named model is loaded.
-        corpus: over which key covariances are taken, see `lit_edit.statistics.corpora.load_corpus`.
-        corpus_tokens: at most so many of its tokens.
-        cache_dir: where covariances are kept; the user's cache folder if None.
-        seed: of the sampled contexts.
-        collect_statistics: whether key covariances and gradients that are not there are collected; an error if not.
-        family: where a model of an unknown kind keeps its parts; the error about such a model proposes one.
-        chat_template: put every prompt into the tokenizer's chat template as the words of a user, with the target as
-            the reply: for instruction-tuned models that are asked in chats. Evaluation asks the same way.
+        **preparation: Settings of `lit_edit.session.Preparation`.
 
     Raises:
         ValueError: if a loaded model comes without its tokenizer.
@@ -57,13 +49,7 @@ class LitEdit(L.LightningModule):
         model: str | nn.Module = EMBEDDED,
         tokenizer: Any = None,
         dtype: str = "float32",
-        corpus: str = EMBEDDED,
-        corpus_tokens: int = 50_000,
-        cache_dir: str | None = None,
-        seed: int = 0,
-        family: Family | None = None,
-        chat_template: bool = False,
-        collect_statistics: bool = True,
+        **preparation: Any,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -76,8 +62,7 @@ class LitEdit(L.LightningModule):
                 raise ValueError("A loaded model needs its tokenizer: LitEdit(editor, model, tokenizer=...).")
             self.model, self.tokenizer = model, tokenizer
         self.model.eval().requires_grad_(False)
-        self.corpus, self.corpus_tokens, self.cache_dir, self.context_seed = corpus, corpus_tokens, cache_dir, seed
-        self.family, self.collect_statistics, self.chat_template = family, collect_statistics, chat_template
+        self.preparation = Preparation(**preparation)
         self.session: EditSession | None = None
         self.last_edits: list[Edit] = []
         self._pending: Plan | None = None
@@ -102,7 +87,7 @@ class LitEdit(L.LightningModule):
     def prompter(self) -> Prompter:
         """The tokenisation that edits use; for callbacks that ask the model, also before a fit has been set up."""
         if self.session is None:
-            return Prompter.of(self.model, self.tokenizer, self.chat_template)
+            return Prompter.of(self.model, self.tokenizer, self.preparation.chat_template)
         return self.session.workspace.prompter
 
     def edited_parameters(self) -> dict[str, Tensor]:
@@ -147,17 +132,10 @@ class LitEdit(L.LightningModule):
             self.model,
             self.tokenizer,
             self.editor,
-            corpus=load_corpus(self.corpus),
-            corpus_name=self.corpus,
-            corpus_tokens=self.corpus_tokens,
-            cache_dir=self.cache_dir,
-            seed=self.context_seed,
-            family=self.family,
-            chat_template=self.chat_template,
-            requests=self._requests(),
-            may_collect=self.collect_statistics,
-            notify=self._announce if self.trainer.is_global_zero else None,
+            self.preparation,
+            self._requests(),
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None and on_terminal(),
+            notify=self._announce if self.trainer.is_global_zero else None,
         )
         self._fingerprint = model_fingerprint(self.model)
         # Without a data module of this project the requests are seen, and checked, batch by batch only.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,82 +16,83 @@ from lit_edit.editors import Editor, Plan
 from lit_edit.evaluation.scores import score_targets
 from lit_edit.model.edited_weight import Written
 from lit_edit.model.families import Family
+from lit_edit.model.loading import EMBEDDED
 from lit_edit.model.prompts import check_requests, sample_contexts
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 from lit_edit.runs.journal import Edit, Journal
-from lit_edit.statistics import GRADIENTS, KEY_COVARIANCES, Kind, Statistics
+from lit_edit.statistics import Collector, GradientCollector, KeyCollector, Statistics
+from lit_edit.statistics.corpora import load_corpus
 
 TOLERATED_ROUNDING = 0.5  # of a change's norm; beyond it what is stored is rather noise than the edit
 
 
-def cache_folder() -> Path:
-    """Where statistics are kept: ``$LIT_EDIT_CACHE``, or ``lit_edit`` in the user's cache folder."""
-    if "LIT_EDIT_CACHE" in os.environ:
-        return Path(os.environ["LIT_EDIT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lit_edit"
-
-
-def statistics_of(
-    kind: Kind,
-    workspace: Workspace,
-    layers: Sequence[int],
-    corpus: Iterable[str],
-    corpus_name: str,
-    corpus_tokens: int,
-    cache_dir: str | Path | None = None,
-) -> Statistics:
-    """The statistics of one kind that editing some layers of a model needs, whether they are there or not.
+@dataclass(frozen=True)
+class Preparation:
+    """How a model is prepared for editing.
 
     Args:
-        kind: `KEY_COVARIANCES` or `GRADIENTS`.
-        workspace: of the model before the first edit.
-        layers: indices of blocks.
-        corpus: as in `EditSession`.
-        corpus_name: as in `EditSession`.
-        corpus_tokens: as in `EditSession`.
-        cache_dir: as in `EditSession`.
+        corpus: Text for key covariances and gradients: ``embedded``, a text or JSONL file, a Hugging Face data set (see
+            `lit_edit.statistics.corpora.load_corpus`), or the texts themselves.
+        corpus_tokens: Number of its tokens to count, at most.
+        cache_dir: Folder of the statistics; the user's cache folder if None.
+        seed: Seed of the sampled contexts.
+        family: Where a model of an unknown kind keeps its parts; the error about such a model proposes one.
+        chat_template: Put every prompt into the tokenizer's chat template as the words of a user, with the target as
+            the reply: for instruction-tuned models that are asked in chats. Evaluation asks the same way.
+        collect_statistics: Whether statistics that are not there are collected; an error if not.
     """
-    parts = [workspace.architecture[layer] for layer in layers]
-    return Statistics(
-        kind,
-        workspace.model,
-        workspace.tokenizer,
-        corpus,
-        corpus_name,
-        {part.name: part.projection for part in parts},
-        cache_folder() if cache_dir is None else cache_dir,
-        max_tokens=corpus_tokens,
-        sequence_length=min(256, workspace.prompter.max_length),
-    )
+
+    corpus: str | list[str] = EMBEDDED
+    corpus_tokens: int = 50_000
+    cache_dir: str | None = None
+    seed: int = 0
+    family: Family | None = None
+    chat_template: bool = False
+    collect_statistics: bool = True
+
+    def statistics(self, collector: type[Collector], workspace: Workspace, layers: Sequence[int]) -> Statistics:
+        """Statistics that editing some layers of a model needs, whether they are there or not.
+
+        Args:
+            collector: Their kind.
+            workspace: Of the model before the first edit.
+            layers: Indices of blocks.
+        """
+        parts = [workspace.architecture[layer] for layer in layers]
+        return Statistics(
+            collector,
+            workspace.model,
+            workspace.tokenizer,
+            load_corpus(self.corpus) if isinstance(self.corpus, str) else self.corpus,
+            self.corpus if isinstance(self.corpus, str) else "given",
+            {part.name: part.projection for part in parts},
+            self.cache_dir,
+            max_tokens=self.corpus_tokens,
+            sequence_length=min(256, workspace.prompter.max_length),
+        )
 
 
 class EditSession:
     """A model, an editor, and the edits applied so far.
 
     Args:
-        model: a causal language model of `transformers`; edited in place. Put into evaluation mode, its weights no
+        model: A causal language model of `transformers`; edited in place. Put into evaluation mode, its weights no
             longer require gradients.
-        tokenizer: its fast tokenizer.
-        editor: the method.
-        corpus: texts over which key covariances and gradients are taken, for methods that need them.
-        corpus_name: names it in the cached artefact.
-        corpus_tokens: at most so many tokens.
-        cache_dir: where artefacts are kept; `cache_folder` if None.
-        seed: of the sampled contexts.
-        progress: show a bar while statistics are collected.
-        may_collect: whether statistics that are not there are collected; an error if not.
-        notify: told how long it will take to collect them, if that is more than a minute.
-        family: where a model of an unknown kind keeps its parts.
-        chat_template: put every prompt into the tokenizer's chat template, see `lit_edit.model.prompts.chat_frame`.
-        requests: those to come, as far as they are known: what does not fit the model is reported before statistics
+        tokenizer: Its fast tokenizer.
+        editor: The method.
+        preparation: Corpus, seed and the like.
+        requests: Those to come, as far as they are known: what does not fit the model is reported before statistics
             are collected.
+        progress: Show a bar while statistics are collected.
+        notify: Told how long it will take to collect them, if that is more than a minute.
 
     Attributes:
-        prepared: seconds that were spent before the first edit, on ``contexts`` and ``statistics``.
+        sites: The weights that edits may touch.
+        prepared: Seconds spent before the first edit, on ``contexts`` and ``statistics``.
 
     Raises:
-        ValueError: if the model, tokenizer or layers do not fit; the message says what to change.
+        ValueError: If the model, tokenizer or layers do not fit; the message says what to change.
     """
 
     def __init__(
@@ -100,21 +100,15 @@ class EditSession:
         model: nn.Module,
         tokenizer: Any,
         editor: Editor,
-        corpus: Iterable[str],
-        corpus_name: str,
-        corpus_tokens: int = 50_000,
-        cache_dir: str | Path | None = None,
-        seed: int = 0,
-        progress: bool = False,
-        family: Family | None = None,
-        chat_template: bool = False,
+        preparation: Preparation | None = None,
         requests: Sequence[EditRequest] = (),
-        may_collect: bool = True,
+        progress: bool = False,
         notify: Callable[[str], None] | None = None,
     ) -> None:
+        how = Preparation() if preparation is None else preparation
         model.eval().requires_grad_(False)
         self.editor = editor
-        self.workspace = Workspace.of(model, tokenizer, family=family, chat_template=chat_template)
+        self.workspace = Workspace.of(model, tokenizer, family=how.family, chat_template=how.chat_template)
         self.journal = Journal()
         self._warned_of_rounding = False
         check_requests(requests, self.workspace.prompter)
@@ -124,22 +118,21 @@ class EditSession:
         watch = self.workspace.stopwatch
         if number:
             with watch.measure("contexts"):
-                self.workspace.contexts = sample_contexts(model, self.workspace.prompter, number, length, seed)
-        if editor.needs_covariances or editor.needs_gradients:
-            texts = list(corpus) if iter(corpus) is corpus else corpus  # it is read once for each statistic
+                self.workspace.contexts = sample_contexts(model, self.workspace.prompter, number, length, how.seed)
 
-            def over_corpus(kind: Kind) -> dict[int, Tensor]:
-                asked = statistics_of(kind, self.workspace, layers, texts, corpus_name, corpus_tokens, cache_dir)
-                found = asked.get(progress=progress, may_collect=may_collect, notify=notify)
-                return {site.layer: found[site.name] for site in self.sites}
-
+        def collected(collector: type[Collector]) -> dict[str, Tensor]:
             with watch.measure("statistics"):
-                if editor.needs_covariances:
-                    for layer, covariance in over_corpus(KEY_COVARIANCES).items():
-                        self.workspace.site(layer).covariance = fill_silent(covariance)
-                if editor.needs_gradients:
-                    for layer, gradient in over_corpus(GRADIENTS).items():
-                        self.workspace.site(layer).gradient = gradient
+                statistics = how.statistics(collector, self.workspace, layers)
+                return statistics.get(progress=progress, may_collect=how.collect_statistics, notify=notify)
+
+        if editor.needs_covariances:
+            found = collected(KeyCollector)
+            for site in self.sites:
+                site.covariance = fill_silent(found[site.name])
+        if editor.needs_gradients:
+            found = collected(GradientCollector)
+            for site in self.sites:
+                site.gradient = found[site.name]
         self.prepared = watch.take()  # and the first edit's own seconds begin at nothing
 
     @property

@@ -1,7 +1,7 @@
 """``fit --dry_run``: what a run would do, need and take. Nothing is written, and nothing that is edited is kept.
 
-Memory is estimated before the model is loaded, from its configuration. Time is measured: the first batches are planned
-and applied to the loaded model, in memory; the process ends afterwards.
+What lasts in memory is computed before the model is loaded, from its configuration. Time, and the peak of memory,
+are measured: the first batches are planned and applied to the loaded model, in memory; the process ends afterwards.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,8 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lit_edit.algebra.exact import can_have_remainder
 from lit_edit.callbacks import Retention
-from lit_edit.commands.estimate import (
-    Memory,
-    Time,
-    editing_time,
-    memory_needed,
-    questions_asked,
-    size_text,
-    time_text,
-)
 from lit_edit.commands.options import made
 from lit_edit.commands.review import review, review_table
 from lit_edit.datamodules import EditDataModule
@@ -42,10 +34,9 @@ from lit_edit.model.prompts import check_requests
 from lit_edit.model.workspace import Workspace
 from lit_edit.module import LitEdit
 from lit_edit.requests import EditRequest
-from lit_edit.session import EditSession, cache_folder, statistics_of
-from lit_edit.statistics import GRADIENTS, KEY_COVARIANCES, Statistics, sequences_of
-from lit_edit.statistics.corpora import Corpus, load_corpus
-from lit_edit.statistics.covariance import warn_if_few
+from lit_edit.session import EditSession
+from lit_edit.statistics import GradientCollector, KeyCollector, Statistics
+from lit_edit.units import size_text, time_text
 
 SAMPLED_TOKENS = 2048  # of the corpus, where its statistics are not there yet
 LONG = 60.0  # seconds of a batch after which no second one is rehearsed
@@ -64,60 +55,73 @@ _GROUPS = (
 _RIDGE = 1e-6  # of the mean eigenvalue: makes covariances of a sample invertible, as those of the whole corpus are
 
 
-@dataclass(frozen=True)
-class Foreseen:
-    """What was found before the model was loaded: the need, and the memory that was at hand then (None: not known)."""
-
-    memory: Memory
-    at_hand: int | None
-    place: str
-
-
-def foresee(config: Mapping[str, Any], console: Console) -> Foreseen | None:
-    """Estimates and prints the memory of a run from its settings, without loading the model.
+def foresee(config: Mapping[str, Any], console: Console) -> None:
+    """Prints the memory that lasts through a run, from its settings and without loading the model.
 
     Args:
-        config: the settings of ``fit``: ``model``, ``data``, ``trainer``, and of callbacks that compare weights with
-            the original ones, ``stability`` and ``export``.
-        console: where to print.
-
-    Returns:
-        None where the model's configuration does not tell; loading it will say why.
+        config: Settings of ``fit``: ``model``, ``data`` and ``trainer``.
+        console: Where to print.
 
     Raises:
-        ValueError: if what lasts does not fit into the memory at hand, or settings or data are wrong.
+        ValueError: If that does not fit into the memory at hand, or settings or data are wrong.
     """
     model, data = config["model"], made(EditDataModule, config["data"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the run's own data module says the same
         data.setup("fit")
-    family = model.get("family")
     found = skeleton(model["model"], model["dtype"])
-    if found is None:
-        return None
-    net, tokenizer = found
-    if family is None and net.config.model_type not in FAMILIES:
-        return None
-    known = None if family is None else Family(**family)
-    workspace = Workspace.of(net, tokenizer, family=known, chat_template=bool(model.get("chat_template")))
+    family = Family(**model["family"]) if model.get("family") else None
+    if found is None or (family is None and found[0].config.model_type not in FAMILIES):
+        return  # loading the model will say why
+    workspace = Workspace.of(*found, family=family, chat_template=bool(model.get("chat_template")))
     check_requests(data.requests, workspace.prompter)
     device = _device(str((config.get("trainer") or {}).get("accelerator") or "auto"))
-    need = memory_needed(
-        workspace,
-        made(Editor, model["editor"]),
-        data.requests,
-        data.batch_size,
-        on_gpu=device.type == "cuda",
+    need = memory_needed(workspace, made(Editor, model["editor"]), len(data.requests))
+    there = memory_at_hand(device)
+    table = Table(
+        "memory for", "about", title="Memory that lasts, from the model's configuration", title_justify="left"
     )
-    foreseen = Foreseen(need, memory_at_hand(device), "GPU memory" if device.type == "cuda" else "memory")
-    console.print(memory_table(foreseen))
+    table.columns[1].justify = "right"
+    for what, size in sorted(need.items(), key=lambda item: -item[1]):
+        table.add_row(what, size_text(size))
+    total = sum(need.values())
+    table.add_row("together", size_text(total), style="bold")
+    if there is not None:
+        table.add_row(f"{'GPU memory' if device.type == 'cuda' else 'memory'} at hand", size_text(there))
+    console.print(table)
     console.print()
-    if foreseen.at_hand is not None and need.kept > foreseen.at_hand:
+    if there is not None and total > there:
         raise ValueError(
-            f"{model['model']!r} needs {size_text(need.kept)} for what lasts alone, {size_text(foreseen.at_hand)} of "
-            f"{foreseen.place} are at hand: take --model.dtype=bfloat16, fewer layers, or a larger machine."
+            f"{model['model']!r} needs {size_text(total)} for what lasts alone, {size_text(there)} are at hand: take "
+            "--model.dtype=bfloat16, fewer layers, or a larger machine."
         )
-    return foreseen
+
+
+def memory_needed(workspace: Workspace, editor: Editor, edits: int) -> dict[str, int]:
+    """Bytes that last from the first to the last edit, by what they are for, from shapes alone.
+
+    Args:
+        workspace: Of the model, whose weights may take no memory.
+        editor: The method.
+        edits: Number of edits of the run.
+
+    Raises:
+        ValueError: If the editor wants layers that the model does not have.
+    """
+    parts = [workspace.architecture[layer] for layer in editor.editable_layers(workspace)]
+    shapes = [tuple(part.weight.shape) for part in parts]
+    weights = {id(t): t for t in (*workspace.model.parameters(), *workspace.model.buffers())}.values()
+    need = {"weights": sum(t.numel() * t.element_size() for t in weights)}
+    need["original weights"] = sum(p.weight.numel() * p.weight.element_size() for p in parts)
+    if can_have_remainder(parts[0].weight.dtype):
+        need["what rounding took"] = need["original weights"]
+    if editor.needs_covariances:
+        need["key covariances"] = sum(8 * p * p for _, p in shapes)
+    if editor.needs_gradients:
+        need["language-model gradients"] = sum(8 * d * p for d, p in shapes)
+    need["what the method keeps"] = sum(8 * editor.kept_size(d, p) for d, p in shapes)
+    need["keys and targets of past edits"] = sum(4 * (d + p) * edits for d, p in shapes)
+    return {what: size for what, size in need.items() if size}
 
 
 def skeleton(name: str, dtype: str) -> tuple[Any, Any] | None:
@@ -173,74 +177,69 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def memory_table(foreseen: Foreseen) -> Table:
-    """What memory is needed for, the largest first."""
-    memory = foreseen.memory
-    table = Table("memory for", "about", title="Memory, from the model's configuration", title_justify="left")
-    table.columns[1].justify = "right"
-    for what, size in sorted(memory.lasting.items(), key=lambda item: -item[1]):
-        table.add_row(what, size_text(size))
-    if memory.passing:
-        what = max(memory.passing, key=lambda name: memory.passing[name])
-        table.add_row(f"at its highest, while {what}", size_text(memory.passing[what]))
-    table.add_row("together", size_text(memory.total), style="bold")
-    if foreseen.at_hand is not None:
-        table.add_row(f"{foreseen.place} at hand", size_text(foreseen.at_hand))
-    return table
-
-
 def rehearse(
-    module: LitEdit,
-    data: EditDataModule,
-    retention: Retention | None,
-    device: torch.device,
-    foreseen: Foreseen | None,
-    console: Console,
-) -> Time:
+    module: LitEdit, data: EditDataModule, retention: Retention | None, device: torch.device, console: Console
+) -> None:
     """Prints the review of the facts and how long the run would take, by what its first batches take.
 
     Args:
-        module: edited in memory by this; not to be used afterwards.
-        data: the facts.
-        retention: evaluates along the run; None if nothing does.
-        device: where to compute.
-        foreseen: what `foresee` found.
-        console: where to print.
+        module: Edited in memory by this; not to be used afterwards.
+        data: The facts.
+        retention: Evaluates along the run; None if nothing does.
+        device: Where to compute.
+        console: Where to print.
 
     Raises:
-        ValueError: for everything that would end the run before its first edit, and at the first if the corpus has too
+        ValueError: For everything that would end the run before its first edit, and at the first if the corpus has too
             few tokens for the method.
     """
     data.setup("fit")
     requests, size = data.requests, data.batch_size
     check_requests(requests, module.prompter)
-    model = module.model.to(device)
-    console.print(review_table(review(requests, model, module.prompter)))
+    console.print(review_table(review(requests, module.model.to(device), module.prompter)))
     console.print()
     session, preparing = _prepared(module, requests, size)
     measuring = {} if retention is None else _measured(session, requests, size, retention)
-    stages = [_batch(session, requests[:size])]
-    if len(requests) > size and sum(stages[0].values()) * size < LONG:
-        stages.append(_batch(session, requests[size : 2 * size]))
-    found = Time(preparing, editing_time(stages[0], stages[-1], len(requests), size), measuring)
-    console.print(time_table(found, stages[-1], len(requests)))
+    first = later = session.apply(session.plan(requests[:size]))[0].stages
+    if len(requests) > size and sum(first.values()) * size < LONG:
+        later = session.apply(session.plan(requests[size : 2 * size]))[0].stages
+    editing = editing_time(first, later, len(requests), size)
+    table = Table("time for", "per edit", f"{len(requests)} edits", title="Time, as measured", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for what, seconds in preparing.items():
+        table.add_row(what, "", time_text(seconds))
+    for what, seconds in editing.items():
+        table.add_row(what, time_text(later.get(what, 0.0)), time_text(seconds))
+    for what, seconds in measuring.items():
+        table.add_row(what, "", time_text(seconds))
+    total = sum(sum(part.values()) for part in (preparing, editing, measuring))
+    table.add_row("together", time_text(sum(later.values())), time_text(total), style="bold")
+    console.print(table)
     console.print(
-        f"{len(requests)} edits would take about {time_text(found.total)}, general abilities and figures of matrices "
-        f"not counted{_need(foreseen)}. The rehearsal took {size_text(_peak(device))} of memory at its "
-        "highest, the program included. Nothing was written.",
+        f"{len(requests)} edits would take about {time_text(total)}, general abilities and figures of matrices not "
+        f"counted. The rehearsal took {size_text(_peak(device))} of memory at its highest, the program included. "
+        "Nothing was written.",
         highlight=False,
     )
-    return found
 
 
-def _need(foreseen: Foreseen | None) -> str:
-    if foreseen is None:
-        return ""
-    need = f", and need about {size_text(foreseen.memory.total)}"
-    if foreseen.at_hand is None:
-        return need
-    tight = ", which may not be enough" if foreseen.memory.total > foreseen.at_hand else ""
-    return f"{need} of the {size_text(foreseen.at_hand)} of {foreseen.place} at hand{tight}"
+def editing_time(
+    first: Mapping[str, float], later: Mapping[str, float], n_edits: int, batch_size: int
+) -> dict[str, float]:
+    """Seconds of all edits by stage.
+
+    Args:
+        first: Seconds per edit in the first batch, in which some methods do what they do only once.
+        later: Seconds per edit in a batch after it.
+        n_edits: Number of edits.
+        batch_size: Number edited at once.
+    """
+    at_first = min(batch_size, n_edits)
+    return {
+        stage: first.get(stage, 0.0) * at_first + later.get(stage, 0.0) * (n_edits - at_first)
+        for stage in dict.fromkeys([*first, *later])
+    }
 
 
 def _prepared(
@@ -251,73 +250,37 @@ def _prepared(
     Statistics that are not there yet are taken over a few tokens only, and their time is scaled to the tokens asked
     for. They are good enough to see how long an edit takes, not for the edit itself. Covariances that will be singular
     are left so: methods that invert them refuse them here as they would in the run.
-
-    Raises:
-        ValueError: as the session says; or if statistics are missing and may not be collected.
     """
-    corpus = load_corpus(module.corpus)
-    cache = cache_folder() if module.cache_dir is None else Path(module.cache_dir)
-    missing = _missing(module, corpus, cache)
-    if missing and not module.collect_statistics:
+    how, missing = module.preparation, _missing(module)
+    if missing and not how.collect_statistics:
         missing[0].get(may_collect=False)
+    sampled = min(how.corpus_tokens, SAMPLED_TOKENS)
     with tempfile.TemporaryDirectory() as nowhere, warnings.catch_warnings():
         if missing:
             warnings.simplefilter("ignore", UserWarning)  # that the tokens are few
-        session = EditSession(
-            module.model,
-            module.tokenizer,
-            module.editor,
-            corpus=corpus,
-            corpus_name=module.corpus,
-            corpus_tokens=min(module.corpus_tokens, SAMPLED_TOKENS) if missing else module.corpus_tokens,
-            cache_dir=nowhere if missing else cache,
-            seed=module.context_seed,
-            family=module.family,
-            chat_template=module.chat_template,
-            requests=requests,
-        )
+            how = replace(how, corpus_tokens=sampled, cache_dir=nowhere)
+        session = EditSession(module.model, module.tokenizer, module.editor, how, requests)
     preparing = dict(session.prepared)
     if missing:
-        length = min(256, session.workspace.prompter.max_length)
-        wanted = _tokens(module.tokenizer, corpus, module.corpus_tokens, length)
-        preparing["statistics"] *= max(1.0, wanted / min(wanted, SAMPLED_TOKENS))
-        covariances = {site.name: site.covariance for site in session.sites if site.covariance is not None}
-        warn_if_few({name: len(covariance) for name, covariance in covariances.items()}, wanted, stacklevel=2)
-        for covariance in covariances.values():
-            if wanted > max(SAMPLED_TOKENS, len(covariance)):
-                covariance.diagonal().add_(_RIDGE * covariance.diagonal().mean())
+        preparing["statistics"] *= module.preparation.corpus_tokens / sampled
+        for site in session.sites:
+            if site.covariance is not None and module.preparation.corpus_tokens > max(sampled, site.shape[1]):
+                ridge = _RIDGE * site.covariance.diagonal().mean()
+                site.covariance = site.covariance + ridge * torch.eye(site.shape[1], dtype=torch.float64)
     began = time.perf_counter()
     session.check(requests, batch_size)
     preparing["checks"] = time.perf_counter() - began
     return session, preparing
 
 
-def _missing(module: LitEdit, corpus: Corpus, cache: Path) -> list[Statistics]:
+def _missing(module: LitEdit) -> list[Statistics]:
     """What the editor needs and has not been collected yet, or not for every layer."""
     editor = module.editor
-    kinds = [KEY_COVARIANCES] if editor.needs_covariances else []
-    kinds += [GRADIENTS] if editor.needs_gradients else []
-    workspace = Workspace.of(module.model, module.tokenizer, family=module.family)
+    kinds = [KeyCollector] * editor.needs_covariances + [GradientCollector] * editor.needs_gradients
+    workspace = Workspace.of(module.model, module.tokenizer, family=module.preparation.family)
     layers = editor.editable_layers(workspace)
-    asked = (
-        statistics_of(kind, workspace, layers, corpus, module.corpus, module.corpus_tokens, cache) for kind in kinds
-    )
+    asked = [module.preparation.statistics(kind, workspace, layers) for kind in kinds]
     return [statistics for statistics in asked if statistics.missing()]
-
-
-def _tokens(tokenizer: Any, texts: Iterable[str], most: int, length: int) -> int:
-    """Tokens that a collection over these texts reads."""
-    total = 0
-    for text in texts:
-        total += sum(map(len, sequences_of(tokenizer, text, length)))
-        if total >= most:
-            return most
-    return total
-
-
-def _batch(session: EditSession, requests: Sequence[EditRequest]) -> dict[str, float]:
-    """Seconds per edit by stage."""
-    return session.apply(session.plan(requests))[0].stages
 
 
 def _measured(
@@ -332,7 +295,7 @@ def _measured(
     began = time.perf_counter()
     evaluate(workspace.model, workspace.prompter, few, reference)
     each = (time.perf_counter() - began) / len(few)
-    asked = questions_asked(len(requests), batch_size, retention.every_n, retention.at_start, retention.at_end)
+    asked = sum(retention.counts(len(requests), batch_size)) + retention.at_start * len(requests)
     return {"the unedited model's answers": asking, "retention": each * asked}
 
 
@@ -345,18 +308,3 @@ def _peak(device: torch.device) -> int:
 
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024
-
-
-def time_table(found: Time, stages: Mapping[str, float], n_edits: int) -> Table:
-    """Where the time goes; the middle column has seconds per edit once methods have done what they do only once."""
-    table = Table("time for", "per edit", f"{n_edits} edits", title="Time, as measured", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for what, seconds in found.preparing.items():
-        table.add_row(what, "", time_text(seconds))
-    for what, seconds in found.editing.items():
-        table.add_row(what, time_text(stages.get(what, 0.0)), time_text(seconds))
-    for what, seconds in found.measuring.items():
-        table.add_row(what, "", time_text(seconds))
-    table.add_row("together", time_text(sum(stages.values())), time_text(found.total), style="bold")
-    return table

@@ -14,10 +14,10 @@ from lit_edit.configs.find import read_config
 from lit_edit.datamodules.base import OnBadRecord
 from lit_edit.model.edited_weight import EditedWeight
 from lit_edit.model.families import Architecture, Family
+from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.loading import EMBEDDED, load_model
 from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.runs.results import ResultsError, read_results
-from lit_edit.statistics import model_fingerprint
 
 CHECKPOINT = Path("checkpoints", "edits.ckpt")
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_edit.commands.edited_run import EditedRun
-from lit_edit.commands.estimate import size_text
 from lit_edit.commands.options import Parser
 from lit_edit.model.loading import save_model
 from lit_edit.runs.delta import save_delta
+from lit_edit.units import size_text
 
 SUMMARY = "Write the edited model of a run as transformers loads it, or what changed as a small file."
 

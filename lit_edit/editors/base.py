@@ -74,6 +74,10 @@ class Editor(ABC):
         """The method in a few words, for people: ``MEMIT with EAC + PRUNE``."""
         return type(self).__name__ + "".join(f" + {type(restraint).__name__}" for restraint in self.restraints)
 
+    def kept_size(self, d: int, p: int) -> int:
+        """Float64 numbers kept between edits for a layer with ``W (d, p)``; for estimates of memory."""
+        return 0
+
     def check(self, workspace: Workspace, batch_size: int) -> None:  # noqa: B027 - an editor may take anything
         """Finds what will not work before the first edit; the workspace is complete by then.
 

@@ -81,6 +81,10 @@ class FineTune(Editor):
         workspace.architecture.check(self.layers)
         return list(self.layers)
 
+    def kept_size(self, d: int, p: int) -> int:
+        """Weight, gradient and Adam's moments of a trained copy, in float32."""
+        return 2 * d * p
+
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
         """Trains copies of the weights; the plan's data are their changes (d, p) by layer."""
         with workspace.stopwatch.measure("values"):

@@ -47,6 +47,10 @@ class LayerPolicy(ABC):
         """Whether key covariances of the candidates must be in the workspace."""
         return False
 
+    def kept_size(self, d: int, p: int) -> int:
+        """Float64 numbers kept between edits for a layer with ``W (d, p)``; for estimates of memory."""
+        return 0
+
     def check(self, values: ValueOptimizer) -> None:  # noqa: B027 - most policies do not look at values
         """Raises ValueError if layers cannot be chosen with such values; asked when an editor is put together."""
 
@@ -234,6 +238,10 @@ class WilKE(LayerPolicy):
     def needs_covariance(self) -> bool:
         """As its solver says."""
         return self.solver.needs_covariance
+
+    def kept_size(self, d: int, p: int) -> int:
+        """What its solver keeps."""
+        return self.solver.kept_size(d, p)
 
     def check(self, values: ValueOptimizer) -> None:
         """Refuses values of blocks, which say nothing of a single layer's weight."""

@@ -84,6 +84,10 @@ class LocateThenEdit(Editor):
         """As the restraints and the values' penalties say."""
         return super().needs_gradients or any(penalty.needs_gradient for penalty in self.values.penalties)
 
+    def kept_size(self, d: int, p: int) -> int:
+        """What the solver keeps, and that of the layer policy."""
+        return self.solver.kept_size(d, p) + self.layers.kept_size(d, p)
+
     def describe(self) -> str:
         """The solver, and where the method departs from it."""
         values = self.values

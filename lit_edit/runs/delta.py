@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_edit.files import load_tensors, save_tensors
 from lit_edit.algebra.linalg import thin_svd
-from lit_edit.statistics import model_fingerprint
+from lit_edit.model.fingerprint import model_fingerprint
 
 FORMAT_VERSION = 2
 _METADATA_KEY = "delta"

@@ -29,7 +29,6 @@ from lit_edit.model.loading import EMBEDDED, embedded_path, load_model
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
-from lit_edit.statistics.corpora import load_corpus
 
 
 def requests_of(data: EditDataModule) -> list[EditRequest]:
@@ -83,7 +82,7 @@ def single_edits(
     """Mean reliability, generalization and locality of single edits: each applied, scored and taken back."""
     solver, values = METHODS[method]
     editor = LocateThenEdit(FixedLayers(layers), values, solver, contexts=5, context_length=5)
-    session = EditSession(model, tokenizer, editor, load_corpus(), EMBEDDED)
+    session = EditSession(model, tokenizer, editor)
     workspace = session.workspace
     reference = LocalityReference()
     reference.collect(model, workspace.prompter, requests)

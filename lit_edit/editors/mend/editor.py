@@ -11,10 +11,10 @@ from lit_edit.editors.base import Editor, Plan
 from lit_edit.editors.mend.network import HyperNetwork, HyperNetworkError, gradient_factors
 from lit_edit.editors.restraints import Restraint, UpdateKind, check_restraints
 from lit_edit.model.edited_weight import Written
+from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.trial import Factors, edit_batch, low_rank_change, target_nll, target_probability
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.statistics import model_fingerprint
 
 
 class MEND(Editor):

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lit_edit.files import load_tensors, save_tensors
 from lit_edit.model.families import Architecture
+from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.hooks import change_outputs, read_inputs
 from lit_edit.model.loading import EMBEDDED, embedded_path
 from lit_edit.model.prompts import Batch
 from lit_edit.model.trial import Factors, target_nll
 from lit_edit.model.workspace import Workspace
-from lit_edit.statistics import model_fingerprint
 
 FILE_NAME = "hypernetwork.safetensors"
 FORMAT_VERSION = 2

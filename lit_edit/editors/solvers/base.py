@@ -75,10 +75,6 @@ class Solver(ABC):
         """Float64 numbers kept between edits for a layer with ``W (d, p)``; for estimates of memory."""
         return 0
 
-    def passing_size(self, d: int, p: int) -> int:
-        """Float64 numbers a solution for ``W (d, p)`` takes for a while, beside those of size ``p²``."""
-        return 0
-
     def remembered(self, site: EditedWeight) -> Tensor:
         """Keys of past edits to preserve, ``(p, m)`` in float32; ``m`` is 0 when there are none or memory is off."""
         return site.keys if self.use_memory else site.keys[:, :0]

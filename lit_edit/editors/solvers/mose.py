@@ -98,10 +98,6 @@ class MOSE(Solver):
         """The eigenvectors, and what stands beside them; none with ``method="svd"``."""
         return 0 if self.method == "svd" else d * (d + max(FOLD_AT, d // 16))
 
-    def passing_size(self, d: int, p: int) -> int:
-        """What is preserved, its eigenvectors and the work space for these, and some rows of ``W C``."""
-        return 4 * d * d + 2 * 512 * p
-
     def _gram(self, site: EditedWeight) -> Tensor:
         """``λ W C Wᵀ + (W M)(W M)ᵀ``, ``(d, d)``."""
         outputs = site.exact @ self.remembered(site)

@@ -121,10 +121,6 @@ class MOSEKey(Solver):
         """A triangle and, with ``method="krylov"``, the eigenvectors and what stands beside them."""
         return d * d + (0 if self.method == "svd" else p * (p + FOLD_AT))
 
-    def passing_size(self, d: int, p: int) -> int:
-        """The weight and what is factorised of it."""
-        return 3 * d * p
-
 
 @dataclass(frozen=True, eq=False)
 class _Eigenvectors:

@@ -1,0 +1,21 @@
+"""Bytes and seconds for people."""
+
+from __future__ import annotations
+
+
+def size_text(size: float) -> str:
+    """Bytes for people: ``850 kB``, ``1.2 GB``."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds for people: ``0.4 s``, ``12 min``, ``3.4 h``."""
+    if seconds < 0.01:
+        return "< 0.01 s"
+    if seconds < 99.5:
+        return f"{seconds:.2g} s"
+    minutes = seconds / 60
+    return f"{minutes:.2g} min" if minutes < 99.5 else f"{minutes / 60:.3g} h"
