@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from collections import Counter
+from pathlib import Path
+from typing import Any, Protocol, cast, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lit_edit.evaluation.scores import LocalityReference, evaluate
+from lit_edit.evaluation.evaluate import Reference, Way, evaluate, figures
+from lit_edit.evaluation.scope import EditedFacts
 from lit_edit.model.prompts import Prompter
 from lit_edit.requests import EditRequest
+from lit_edit.runs.journal import Journal
+from lit_edit.runs.outcomes import FILE_NAME, outcome_record, write_outcomes
 
 from .every_n import EveryNEdits, as_found
 
@@ -34,31 +39,64 @@ class Editing(Protocol):
     def edited_requests(self) -> list[EditRequest]:
         """Their requests."""
 
+    @property
+    def journal(self) -> Journal:
+        """Their record."""
+
 
 class Retention(EveryNEdits):
-    """Scores all edits so far by exact match, every N edits: the *retention* curve.
+    """Asks for all edits so far, every N edits: the *retention* curve, and what became of every single edit.
 
     ``reliability``: the edit prompt is answered by the new target; ``generalization``: so are its rephrasings;
-    ``locality``: out-of-scope prompts still get the answer of the unedited model; ``portability`` where the data have
-    it. At 0 edits all requests of the run are asked of the untouched model: the baseline.
+    ``locality``: questions that no edit has touched still get the unedited model's answer. A probe about another fact
+    of an edited subject counts under ``locality/same_subject``, one that asks for what an edit has written under
+    ``consistency``; ``portability`` where the data have it. An edit is judged by the latest target of its fact. At 0
+    edits
+    all requests of the run are asked of the untouched model: the baseline. Intervals and counts come along, see
+    `lit_edit.evaluation.evaluate.figures`.
+
+    ``outcomes.jsonl`` in the run's log directory has every question and answer, see `lit_edit.runs.outcomes`.
 
     Args:
-        every_n: edits between two evaluations, or an ascending list of the counts to evaluate at.
-        at_start: also measure the baseline.
-        at_end: also measure after the last edit.
+        every_n: Edits between two evaluations, or an ascending list of the counts to evaluate at.
+        at_start: Also measure the baseline.
+        at_end: Also measure after the last edit.
+        ways: How answers are judged, see `lit_edit.evaluation.evaluate.Way`; the first one's figures have the plain
+            names.
+        immediate: Also judge every batch right after it was written, all its probes included, against the model just
+            before it (MOSE Eq. 25-27): ``immediate/reliability`` and so on, the mean over all edits so far. Asks two
+            further times per edit.
+        outcomes: Whether to write ``outcomes.jsonl``.
 
     Raises:
-        TypeError: at the start of a fit, if the module is not a `LitEdit`: only that has edits to ask for.
+        ValueError: For an unknown way of judging, or none.
+        TypeError: At the start of a fit, if the module is not a `LitEdit`: only that has edits to ask for.
     """
 
-    def __init__(self, every_n: int | list[int] = 25, at_start: bool = True, at_end: bool = True) -> None:
+    def __init__(
+        self,
+        every_n: int | list[int] = 25,
+        at_start: bool = True,
+        at_end: bool = True,
+        ways: list[Way] | None = None,
+        immediate: bool = False,
+        outcomes: bool = True,
+    ) -> None:
         super().__init__(every_n, at_start, at_end)
-        self._reference = LocalityReference()
+        self.ways: list[Way] = list(get_args(Way)) if ways is None else list(ways)
+        unknown = [way for way in self.ways if way not in get_args(Way)]
+        if unknown or not self.ways:
+            raise ValueError(f"Answers are judged by {', '.join(get_args(Way))}, not by {unknown or 'nothing'}.")
+        self.immediate, self.outcomes = immediate, outcomes
+        self._reference = Reference()
+        self._just_before = Reference()
+        self._at_once: dict[str, list[float]] = {}
+        self._batch: list[EditRequest] = []
 
     @override
     def reset(self) -> None:
         super().reset()
-        self._reference = LocalityReference()
+        self._reference, self._at_once = Reference(), {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -76,16 +114,52 @@ class Retention(EveryNEdits):
             new = self._reference.collect(module.model, module.prompter, requests)
         if new and module.edits_applied:
             rank_zero_warn(
-                f"Retention compares {new} locality probes with the model as it is after {module.edits_applied} edits: "
-                "their requests were not known when it was unedited.",
+                f"Retention compares {new} questions with the model as it is after {module.edits_applied} edits: their "
+                "requests were not known when it was unedited.",
                 category=UserWarning,
             )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._judge_at_once(pl_module)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.immediate:
+            module = cast(Editing, pl_module)
+            self._just_before, self._batch = Reference(), list(batch)
+            with as_found(pl_module):
+                self._just_before.collect(module.model, module.prompter, batch)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judge_at_once(pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def _judge_at_once(self, pl_module: LightningModule) -> None:
+        """Judges the batch that was written last."""
+        module, batch = cast(Editing, pl_module), self._batch
+        self._batch = []
+        with as_found(pl_module):
+            for outcome in evaluate(module.model, module.prompter, batch, self._just_before, ways=self.ways[:1]):
+                for name, value in figures([outcome], self.ways[:1]).items():
+                    if not name.startswith(("interval/", "count/")):
+                        self._at_once.setdefault(name, []).append(value)
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
         module = cast(Editing, pl_module)
         requests = module.edited_requests if edits else self._all_requests(trainer)
-        return evaluate(module.model, module.prompter, requests, self._reference)
+        facts = EditedFacts(module.edited_requests)
+        found = evaluate(module.model, module.prompter, requests, self._reference, edited=facts, ways=self.ways)
+        made = list(module.journal) if edits else [None] * len(requests)
+        records = [
+            outcome_record(o, edit, edits, self._reference.text(module.prompter, o.request.prompt))
+            for o, edit in zip(found, made, strict=True)
+        ]
+        self.counts_by_status = Counter(record["status"] for record in records)
+        if self.outcomes and trainer.is_global_zero and trainer.log_dir is not None:
+            write_outcomes(Path(trainer.log_dir) / FILE_NAME, records)
+        at_once = {f"immediate/{name}": sum(values) / len(values) for name, values in self._at_once.items()}
+        return figures(found, self.ways) | at_once
 
     @staticmethod
     def _all_requests(trainer: Trainer) -> list[EditRequest]:
@@ -96,9 +170,10 @@ class Retention(EveryNEdits):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "reference": self._reference.answers}
+        return {**super().state_dict(), "reference": self._reference.answers, "at_once": self._at_once}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._reference.answers.update(state_dict["reference"])
+        self._at_once = {name: list(values) for name, values in state_dict["at_once"].items()}

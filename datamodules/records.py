@@ -21,7 +21,7 @@ from typing import Any
 
 from lit_edit.datamodules.files import Record
 
-from lit_edit.requests import EditRequest, Probe, ProbeKind, RequestError
+from lit_edit.requests import DISTRACTING, EditRequest, Probe, ProbeKind, RequestError
 
 NQ_PREFIX = "nq question: "
 """What MEND's files put before each locality question (they come from Natural Questions)."""
@@ -154,9 +154,14 @@ def _filled(prompt: str, subject: str) -> str:
 
 
 def _probes(
-    kind: ProbeKind, prompts: Iterable[tuple[str, str]], subject: str, target: str | None = None, name: str = ""
+    kind: ProbeKind,
+    prompts: Iterable[tuple[str, str]],
+    subject: str,
+    target: str | None = None,
+    name: str = "",
+    relation: str | None = None,
 ) -> list[Probe]:
-    return [Probe(kind, _filled(prompt, subject), target, name, path) for path, prompt in prompts]
+    return [Probe(kind, _filled(prompt, subject), target, name, relation, path) for path, prompt in prompts]
 
 
 def _paired_locality(
@@ -170,7 +175,7 @@ def _paired_locality(
     if len(answers) != len(prompts):
         raise refuse(source, answer_field, f"has {len(answers)} texts for the {len(prompts)} of '{prompt_field}'.")
     return [
-        Probe("locality", _filled(prompt, subject), answer, name, path)
+        Probe("locality", _filled(prompt, subject), answer, name, field=path)
         for (path, prompt), answer in zip(prompts, answers, strict=True)
     ]
 
@@ -182,7 +187,9 @@ def _one_hop(record: Record, subject: str, source: str) -> list[Probe]:
         return []
     question = _text(value, "New Question", source, "portability.")
     answer = _text(value, "New Answer", source, "portability.")
-    return [Probe("portability", _filled(question, subject), answer.strip(), "one_hop", "portability.New Question")]
+    return [
+        Probe("portability", _filled(question, subject), answer.strip(), "one_hop", field="portability.New Question")
+    ]
 
 
 def _named_probes(record: Record, kind: ProbeKind, subject: str, source: str) -> list[Probe]:
@@ -203,7 +210,7 @@ def _named_probes(record: Record, kind: ProbeKind, subject: str, source: str) ->
             if answer is None and kind == "portability":
                 # Out-of-scope prompts are judged by the unedited model; a consequence of the edit only by its answer.
                 raise refuse(source, f"{path}.ground_truth", "is missing or empty.")
-            probes.append(Probe(kind, _filled(prompt, subject), answer, name, f"{path}.prompt"))
+            probes.append(Probe(kind, _filled(prompt, subject), answer, name, field=f"{path}.prompt"))
     return probes
 
 
@@ -278,15 +285,15 @@ def counterfact_request(record: Record, source: str, default_id: str) -> EditReq
             source, "requested_rewrite.target_new", f"is missing or empty; it has the fields: {_found(rewrite)}."
         )
     target_true = _rewrite_target(rewrite, "target_true", source)
-    relation = rewrite.get("relation_id")
+    relation = None if rewrite.get("relation_id") is None else str(rewrite["relation_id"])
     probes = _probes("generalization", _texts(record, "paraphrase_prompts", source), subject, target_new)
-    for field, name in (("neighborhood_prompts", "neighborhood"), ("distracting_neighborhood_prompts", "distracting")):
-        probes += _probes("locality", _texts(record, field, source), subject, target_true, name)
+    for field, name in (("neighborhood_prompts", "neighborhood"), ("distracting_neighborhood_prompts", DISTRACTING)):
+        probes += _probes("locality", _texts(record, field, source), subject, target_true, name, relation)
     if unrelated := _object(record, "unrelated_relation", source):
         question = _text(unrelated, "question", source, "unrelated_relation.")
         answer = _text(unrelated, "object", source, "unrelated_relation.").strip()
         field = "unrelated_relation.question"
-        probes.append(Probe("locality", _filled(question, subject), answer, "unrelated_relation", field))
+        probes.append(Probe("locality", _filled(question, subject), answer, "unrelated_relation", field=field))
     probes += _one_hop(record, subject, source)
     generation: dict[str, str] = {}
     for path, text in _texts(record, "generation_prompts", source):
@@ -300,7 +307,7 @@ def counterfact_request(record: Record, source: str, default_id: str) -> EditReq
         subject=("requested_rewrite.subject", subject),
         target_new=target_new,
         target_true=target_true,
-        relation=None if relation is None else str(relation),
+        relation=relation,
         probes=probes,
     )
 

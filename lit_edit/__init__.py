@@ -1,7 +1,7 @@
 """Sequential knowledge editing of language models as ordinary PyTorch Lightning."""
 
 from lit_edit.api import edit, load_editor
-from lit_edit.evaluation.scores import LocalityReference, evaluate
+from lit_edit.evaluation.evaluate import Reference, evaluate
 from lit_edit.model.loading import load_model
 from lit_edit.module import LitEdit
 from lit_edit.requests import EditRequest, Probe, RequestError
@@ -13,8 +13,8 @@ __all__ = [
     "EditRequest",
     "Journal",
     "LitEdit",
-    "LocalityReference",
     "Probe",
+    "Reference",
     "RequestError",
     "edit",
     "evaluate",

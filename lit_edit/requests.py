@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+DISTRACTING = "distracting"
+"""Name of locality probes before which the edited fact is put."""
 ProbeKind = Literal["generalization", "locality", "portability", "generation", "instance"]
 
 
@@ -48,6 +50,8 @@ class Probe:
         target: the recorded answer. For locality it is the true object, which the `probability` definition compares
             with the new target; exact match is taken against the unedited model instead.
         name: the sub-group within a kind, where a data set has several (``neighborhood``, ``Relation_Specificity``).
+        relation: relation that the question asks for, where the file says; tells whether an edit has written its
+            answer.
         field: the field of the record that the prompt stands in, as an error message should name it; the same question
             from elsewhere is an equal probe.
     """
@@ -56,6 +60,7 @@ class Probe:
     prompt: str
     target: str | None = None
     name: str = ""
+    relation: str | None = None
     field: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lit_edit.algebra.linalg import fill_silent
 from lit_edit.editors import Editor, Plan
-from lit_edit.evaluation.scores import score_targets
+from lit_edit.evaluation.scores import greedy, score_targets
 from lit_edit.model.edited_weight import Written
 from lit_edit.model.families import Family
 from lit_edit.model.loading import EMBEDDED
-from lit_edit.model.prompts import check_requests, sample_contexts
+from lit_edit.model.prompts import Row, check_requests, sample_contexts
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 from lit_edit.runs.journal import Edit, Journal
@@ -165,15 +165,29 @@ class EditSession:
             own.setdefault(item.layer, item)
         self._warn_of_rounding(own.values())
         rows = [self.workspace.prompter.row(r.prompt, r.target_new) for r in plan.requests]
-        p_target = [math.nan] * len(rows)
+        said = [{"p_target": math.nan} for _ in rows]
         try:
             with watch.measure("score"):
-                p_target = score_targets(self.workspace.model, self.workspace.prompter, rows).log_prob.exp().tolist()
+                said = self._asked(plan.requests, rows)
         finally:  # the weights are edited, whatever becomes of the score: the journal must say so
-            edits = self._record(plan, own, p_target)
+            edits = self._record(plan, own, said)
         return edits
 
-    def _record(self, plan: Plan, own: dict[int, Written], p_target: list[float]) -> list[Edit]:
+    def _asked(self, requests: Sequence[EditRequest], rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """What the model answers now to the edit prompts of a batch."""
+        model, prompter = self.workspace.model, self.workspace.prompter
+        scores = score_targets(model, prompter, rows)
+        said = []
+        for i, (request, row) in enumerate(zip(requests, rows, strict=True)):
+            exact, answer = bool(scores.exact[i]), request.target_new
+            if not exact:
+                (ids,) = greedy(model, prompter, [request.prompt], [len(row.ids) - row.target_start])
+                answer = prompter.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            found = {"p_target": float(scores.log_prob[i].exp()), "exact": exact, "rank": int(scores.rank[i])}
+            said.append({**found, "answer": answer})
+        return said
+
+    def _record(self, plan: Plan, own: dict[int, Written], said: list[dict[str, Any]]) -> list[Edit]:
         """Writes a batch that was applied into the journal."""
         watch = self.workspace.stopwatch
         stages = {stage: seconds / len(plan.requests) for stage, seconds in watch.take().items()}
@@ -188,7 +202,7 @@ class EditSession:
                 layers=list(plan.layers[i]),
                 loss=plan.loss[i],
                 p_value=plan.probability[i],
-                p_target=p_target[i],
+                **said[i],
                 steps=plan.steps[i],
                 change={str(layer): own[layer].relative_change for layer in plan.layers[i]},
                 seconds=sum(stages.values()),

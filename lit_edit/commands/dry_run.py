@@ -27,7 +27,7 @@ from lit_edit.commands.options import made
 from lit_edit.commands.review import review, review_table
 from lit_edit.datamodules import EditDataModule
 from lit_edit.editors import Editor
-from lit_edit.evaluation.scores import LocalityReference, evaluate
+from lit_edit.evaluation.evaluate import Reference, evaluate
 from lit_edit.model.families import FAMILIES, Family
 from lit_edit.model.loading import DTYPES, EMBEDDED, LoadingError, embedded_path, refuse_quantised
 from lit_edit.model.prompts import check_requests
@@ -288,7 +288,7 @@ def _measured(
 ) -> dict[str, float]:
     """Seconds of all evaluations, by what a few requests take."""
     few, workspace = requests[:ASKED], session.workspace
-    reference = LocalityReference()
+    reference = Reference()
     began = time.perf_counter()
     reference.collect(workspace.model, workspace.prompter, few)
     asking = (time.perf_counter() - began) / len(few) * len(requests)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from lit_edit.algebra.updates import Update
 from lit_edit.editors.restraints import Restraint
+from lit_edit.evaluation.evaluate import Outcome, Reference, evaluate
 from lit_edit.model.edited_weight import EditedWeight, Written, all_or_nothing
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
@@ -88,6 +89,39 @@ class Editor(ABC):
     @abstractmethod
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
         """The gradient half. Needs gradients enabled; does not change the model."""
+
+    def plans(self, workspace: Workspace, requests: Sequence[EditRequest]) -> list[Plan]:
+        """A plan for each request as if it were written alone; where possible all are found together."""
+        return [self.plan(workspace, [request]) for request in requests]
+
+    def single_edits(
+        self, workspace: Workspace, requests: Sequence[EditRequest], reference: Reference | None = None
+    ) -> Iterator[tuple[Plan, Outcome]]:
+        """Each request written alone, judged, and taken back bit by bit: what the method does to a fresh model.
+
+        Args:
+            workspace: Of the unedited model, with the statistics that the method needs.
+            requests: Facts to write.
+            reference: The unedited model's answers, if they were collected before.
+
+        Raises:
+            ValueError: After edits, which would be taken back with it.
+        """
+        if workspace.edits:
+            raise ValueError("Single edits start from an unedited model: open a new session.")
+        model, prompter = workspace.model, workspace.prompter
+        known = Reference() if reference is None else reference
+        known.collect(model, prompter, requests)
+        with torch.enable_grad():
+            plans = self.plans(workspace, requests)
+        for plan in plans:
+            try:
+                self.apply(workspace, plan)
+                yield plan, evaluate(model, prompter, plan.requests, known)[0]
+            finally:
+                for site in workspace.sites.values():
+                    site.restore()
+                workspace.edits = 0
 
     @abstractmethod
     def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:

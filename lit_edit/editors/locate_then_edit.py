@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -131,6 +132,22 @@ class LocateThenEdit(Editor):
                 for layer in counts:
                     workspace.site(layer).pending = 0
         return Plan(list(requests), [c.layers for c in choices], values.loss, values.probability, values.steps, values)
+
+    def plans(self, workspace: Workspace, requests: Sequence[EditRequest]) -> list[Plan]:
+        """Values of all requests in one optimisation."""
+        whole = self.plan(workspace, requests)
+        values: Values = whole.data
+        return [
+            Plan(
+                [request],
+                [whole.layers[i]],
+                [whole.loss[i]],
+                [whole.probability[i]],
+                [whole.steps[i]],
+                replace(values, problems=[values.problems[i]], targets=[values.targets[i]]),
+            )
+            for i, request in enumerate(requests)
+        ]
 
     @torch.no_grad()
     def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score
-from typing_extensions import override
 
 IGNORED = -100
 
@@ -28,12 +26,14 @@ class TargetScores(NamedTuple):
         token_accuracy: the share of target tokens that are the most likely one.
         log_prob: the log-probability of the whole target, in nats.
         mean_log_prob: the same per token, by which targets of different lengths are compared.
+        rank: the worst place of a target token among all tokens at its position; 1 if all are the most likely ones.
     """
 
     exact: Tensor
     token_accuracy: Tensor
     log_prob: Tensor
     mean_log_prob: Tensor
+    rank: Tensor
 
 
 def target_scores(logits: Tensor, targets: Tensor) -> TargetScores:
@@ -78,8 +78,10 @@ def target_scores(logits: Tensor, targets: Tensor) -> TargetScores:
     guesses = guesses if guesses.dtype == torch.float64 else guesses.float()
     ids = wanted[is_target]
     chosen = guesses.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+    places = (guesses > guesses.gather(1, ids[:, None])).sum(dim=-1) + 1
 
     # Back into (B, T - 1), where positions outside the target add nothing to a row's sum.
+    rank = places.new_zeros(is_target.shape).masked_scatter(is_target, places).amax(dim=1)
     right = torch.zeros_like(is_target).masked_scatter(is_target, guesses.argmax(dim=-1) == ids).sum(dim=1)
     log_prob = chosen.new_zeros(is_target.shape).masked_scatter(is_target, chosen).sum(dim=1)
     return TargetScores(
@@ -87,109 +89,8 @@ def target_scores(logits: Tensor, targets: Tensor) -> TargetScores:
         token_accuracy=right.to(log_prob.dtype) / lengths,
         log_prob=log_prob,
         mean_log_prob=log_prob / lengths,
+        rank=rank,
     )
-
-
-class _Mean(Metric):
-    """The mean of one number per probe."""
-
-    is_differentiable = False
-    full_state_update = False
-    higher_is_better = True
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", default=torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
-
-    def _add(self, values: Tensor) -> None:
-        self.total += values.to(self.total).sum()
-        self.count += values.numel()
-
-    @override
-    def compute(self) -> Tensor:
-        """The mean over all probes; NaN if there was none."""
-        return self.total / self.count
-
-
-class ExactMatch(_Mean):
-    """The share of probes whose every target token is the most likely one under teacher forcing.
-
-    Args:
-        **kwargs: those of ``torchmetrics.Metric``.
-
-    Example:
-        >>> metric = ExactMatch()
-        >>> metric.update(torch.zeros(1, 3, 5), torch.tensor([[-100, -100, 4]]))
-        >>> metric.compute()
-        tensor(0.)
-    """
-
-    @override
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch of probes.
-
-        Args:
-            logits: shape ``(B, T, V)``, see `target_scores`.
-            targets: shape ``(B, T)``, -100 outside the target.
-        """
-        self._add(target_scores(logits, targets).exact)
-
-
-class TokenAccuracy(_Mean):
-    """The share of target tokens that are the most likely one, averaged over each probe and then over probes.
-
-    Args:
-        **kwargs: those of ``torchmetrics.Metric``.
-    """
-
-    @override
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch of probes.
-
-        Args:
-            logits: shape ``(B, T, V)``, see `target_scores`.
-            targets: shape ``(B, T)``, -100 outside the target.
-        """
-        self._add(target_scores(logits, targets).token_accuracy)
-
-
-class ProbabilityComparison(_Mean):
-    """The share of probes for which the new target is more probable than the true one; a tie is a failure.
-
-    Args:
-        reverse: count those for which the *true* target is the more probable, as wanted out of the edit's scope.
-        **kwargs: those of ``torchmetrics.Metric``.
-
-    Example:
-        >>> metric = ProbabilityComparison()
-        >>> metric.update(torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.0]))
-        >>> metric.compute()
-        tensor(0.5000)
-    """
-
-    def __init__(self, reverse: bool = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.reverse = reverse
-
-    @override
-    def update(self, new: Tensor, true: Tensor) -> None:
-        """Add a batch of probes.
-
-        Args:
-            new: log-probability of each new target, shape ``(B,)``; per token (`TargetScores.mean_log_prob`), as
-                targets differ in length.
-            true: the same of the true targets.
-
-        Raises:
-            ValueError: if the shapes differ.
-        """
-        if new.shape != true.shape:
-            raise ValueError(f"One value per probe is needed on both sides: {tuple(new.shape)}, {tuple(true.shape)}.")
-        self._add(true > new if self.reverse else new > true)
 
 
 def squad_normalise(text: str) -> str:
@@ -207,58 +108,6 @@ def squad_normalise(text: str) -> str:
     """
     unpunctuated = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", unpunctuated).split())
-
-
-class SquadExactMatch(_Mean):
-    """The share of answers that equal one of their gold answers after `squad_normalise`.
-
-    Args:
-        **kwargs: those of ``torchmetrics.Metric``.
-    """
-
-    @override
-    def update(self, preds: Sequence[str], golds: Sequence[str | Sequence[str]]) -> None:
-        """Add answers.
-
-        Args:
-            preds: the model's answers.
-            golds: for each the right answer, or several of which any will do.
-
-        Raises:
-            ValueError: if there is not one entry of ``golds`` per answer, or an entry is empty.
-        """
-        _check_pairs(preds, golds)
-        hits = []
-        for pred, gold in zip(preds, golds, strict=True):
-            accepted = [gold] if isinstance(gold, str) else list(gold)
-            if not accepted:
-                raise ValueError(f"There is no gold answer for {pred!r}.")
-            hits.append(squad_normalise(pred) in {squad_normalise(answer) for answer in accepted})
-        self._add(torch.tensor(hits))
-
-
-class LabelAccuracy(_Mean):
-    """The share of predicted labels that are right, for classification tasks.
-
-    A prediction of None is an answer that named no label; it counts as wrong.
-
-    Args:
-        **kwargs: those of ``torchmetrics.Metric``.
-    """
-
-    @override
-    def update(self, preds: Sequence[str | int | None], golds: Sequence[str | int]) -> None:
-        """Add labels.
-
-        Args:
-            preds: the predicted labels.
-            golds: the right ones.
-
-        Raises:
-            ValueError: if there is not one gold label per prediction.
-        """
-        _check_pairs(preds, golds)
-        self._add(torch.tensor([pred == gold for pred, gold in zip(preds, golds, strict=True)]))
 
 
 def mean_rouge(preds: Sequence[str], golds: Sequence[str]) -> float:

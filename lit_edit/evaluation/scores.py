@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from lit_edit.evaluation.metrics import IGNORED, TargetScores, target_scores
 from lit_edit.evaluation.prefixes import parts
 from lit_edit.model.hooks import logits_only_at
 from lit_edit.model.prompts import Prompter, Row
-from lit_edit.requests import EditRequest
 
 TOKENS_PER_BATCH = 4096
 
@@ -45,7 +43,7 @@ def score_targets(model: nn.Module, prompter: Prompter, rows: Sequence[Row]) -> 
         scored.append((part.rows, target_scores(logits, targets)))
         del part  # it holds keys and values, which those of the next one need not lie beside
     order = torch.tensor([i for group, _ in scored for i in group])
-    fields = (torch.cat([score[f].cpu() for _, score in scored]) for f in range(4))
+    fields = (torch.cat([score[f].cpu() for _, score in scored]) for f in range(len(TargetScores._fields)))
     return TargetScores(*(_in_order(values, order)[where] for values in fields))
 
 
@@ -100,75 +98,3 @@ def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_token
 def _selectable(cache: Any) -> bool:
     """Whether all that a cache keeps are keys and values by row; recurrent states know no selection."""
     return isinstance(cache, Cache) and {type(of) for of in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-
-
-class LocalityReference:
-    """The unedited model's answers to locality probes: what "unchanged" is judged against.
-
-    The reference of a probe is the greedy continuation of its prompt, as long as the recorded answer (or the new
-    target, where the file records none). MOSE Eq. 27 compares with the model before the latest edit; the unedited one
-    is the stricter default of this project.
-    """
-
-    def __init__(self) -> None:
-        self.answers: dict[str, list[int]] = {}
-
-    def collect(self, model: nn.Module, prompter: Prompter, requests: Sequence[EditRequest]) -> int:
-        """Asks the unedited model every locality probe it has not been asked yet; returns how many these were."""
-        length: dict[str, int] = {}
-        for request in requests:
-            for probe in request.probes_of("locality"):
-                if probe.prompt in self.answers:
-                    continue
-                wanted = probe.target or request.target_new
-                fields = (probe.field or "prompt", "target_new")
-                row = prompter.row(probe.prompt, wanted, source=request.source, fields=fields)
-                length[probe.prompt] = max(len(row.ids) - row.target_start, length.get(probe.prompt, 0))
-        prompts = list(length)
-        for prompt, answer in zip(prompts, greedy(model, prompter, prompts, [length[p] for p in prompts]), strict=True):
-            self.answers[prompt] = answer
-        return len(prompts)
-
-    def row(self, prompter: Prompter, prompt: str) -> Row | None:
-        """The probe with its reference as target; None if the unedited model answered nothing (end of text at once)."""
-        ids = prompter.row(prompt).ids
-        answer = self.answers[prompt]
-        return Row((*ids, *answer), len(ids)) if answer else None
-
-
-def evaluate(
-    model: nn.Module, prompter: Prompter, requests: Sequence[EditRequest], reference: LocalityReference
-) -> dict[str, float]:
-    """Reliability, generalization, locality (and portability) over requests, each by exact match.
-
-    A probe counts 1 if every token of its target is the most likely one under teacher forcing, which for locality
-    means: the greedy answer is still the unedited model's. Probes are averaged within a request, then over the
-    requests that have any (MOSE Eq. 25-27).
-
-    Returns:
-        A figure per kind that occurs in the requests; ``reliability`` always.
-    """
-    rows: list[Row] = []
-    owners: list[tuple[str, int]] = []
-    for i, request in enumerate(requests):
-        rows.append(prompter.row(request.prompt, request.target_new, source=request.source))
-        owners.append(("reliability", i))
-        for probe in request.probes:
-            row: Row | None = None
-            if probe.kind == "generalization":
-                row = prompter.row(probe.prompt, probe.target or request.target_new, source=request.source)
-            elif probe.kind == "portability" and probe.target:
-                row = prompter.row(probe.prompt, probe.target, source=request.source)
-            elif probe.kind == "locality":
-                row = reference.row(prompter, probe.prompt)
-            if row is not None:
-                rows.append(row)
-                owners.append((probe.kind, i))
-    exact = score_targets(model, prompter, rows).exact.tolist()
-    per_request: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (kind, i), hit in zip(owners, exact, strict=True):
-        per_request[kind][i].append(float(hit))
-    return {
-        kind: sum(sum(hits) / len(hits) for hits in by_request.values()) / len(by_request)
-        for kind, by_request in per_request.items()
-    }

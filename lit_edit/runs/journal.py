@@ -22,6 +22,9 @@ class Edit:
         loss: of the value optimisation when it stopped.
         p_value: probability of the new target with v* in place, before the weights were changed.
         p_target: the same on the edited weights, right after the update.
+        exact: whether every token of the target was then the most likely one.
+        rank: worst place of a target token then; 1 if ``exact``.
+        answer: the greedy answer then.
         steps: of the value optimisation.
         change: per layer, the Frobenius norm of the change relative to the weight's.
         seconds: for the edit's share of its batch.
@@ -44,6 +47,9 @@ class Edit:
     steps: int
     change: dict[str, float]
     seconds: float
+    exact: bool = False
+    rank: int = 0
+    answer: str = ""
     stages: dict[str, float] = field(default_factory=dict)
     rounding: dict[str, float] = field(default_factory=dict)
 

@@ -37,20 +37,24 @@ from lit_edit.files import write_json
 
 FILE_NAME = "results.json"
 
-#: The figures `results_table` shows, in its order. Each stands for itself, for its sub-figures (``downstream/sst2``)
-#: and for itself in another setting (``retention/reliability``).
+#: The figures `results_table` shows, in its order; each stands for itself and for its sub-figures (``downstream/sst2``).
 HEADLINES = (
     "reliability",
     "generalization",
     "locality",
+    "consistency",
     "portability",
     "instance_change",
+    "immediate",
     "downstream",
+    "perplexity",
     "stability/worst_condition_number",
     "stability/worst_spectrum_drift",
     "stability/mean_frobenius_norm",
     "stability/mean_relative_drift",
 )
+INTERVAL = "interval"
+"""Before the names of the bounds: ``interval/<figure>/low`` and ``/high``."""
 
 _PACKAGES = ("lit-edit", "torch", "lightning", "transformers", "torchmetrics")
 
@@ -261,13 +265,15 @@ def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
         raise ValueError("There is no record to make a table of.")
     table = Table(title=f"Results after {records[-1]['edits']:,} edits", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("figure", overflow="fold")
-    for heading in ("before", "after", "change"):
+    for heading in ("before", "after", "95 % interval", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for key in _headline_keys(records):
-        values = [record[key] for record in records if key in record]
-        before, after = values[0], values[-1]
-        known = len(values) > 1 and before is not None and after is not None
-        table.add_row(key, _shown(before), _shown(after), f"{after - before:+.4g}" if known else "-")
+        having = [record for record in records if key in record]
+        before, after = having[0][key], having[-1][key]
+        known = len(having) > 1 and before is not None and after is not None
+        bounds = [having[-1].get(f"{INTERVAL}/{key}/{side}") for side in ("low", "high")]
+        within = "" if None in bounds else f"{_shown(bounds[0])} to {_shown(bounds[1])}"
+        table.add_row(key, _shown(before), _shown(after), within, _changed(before, after) if known else "-")
     return table
 
 
@@ -275,13 +281,21 @@ def _headline_keys(records: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for record in records for key in record)
     ordered: dict[str, None] = {}
     for headline in HEADLINES:
-        belonging = (k for k in keys if k == headline or k.startswith(f"{headline}/") or k.endswith(f"/{headline}"))
-        ordered.update(dict.fromkeys(sorted(belonging)))
+        ordered.update(dict.fromkeys(sorted(k for k in keys if k == headline or k.startswith(f"{headline}/"))))
     return list(ordered)
 
 
 def _shown(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4g}"
+    if value is None:
+        return "n/a"
+    if value and abs(value) < 1e-6:  # rounding
+        return "~ 0"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _changed(before: float, after: float) -> str:
+    change = after - before
+    return _shown(change) if change < 0 or abs(change) < 1e-6 else f"+{_shown(change)}"
 
 
 def _number(key: str, value: Any) -> float | int | None:

@@ -24,7 +24,8 @@ from lit_edit.editors.layers import FixedLayers
 from lit_edit.editors.solvers import MOSE, ROME, Solver
 from lit_edit.editors.values import NormClamp, NormMatched, ValueOptimizer
 from lit_edit.evaluation.downstream import load_tasks, run_task
-from lit_edit.evaluation.scores import LocalityReference, evaluate, score_targets
+from lit_edit.evaluation.evaluate import figures
+from lit_edit.evaluation.scores import score_targets
 from lit_edit.model.loading import EMBEDDED, embedded_path, load_model
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
@@ -83,24 +84,9 @@ def single_edits(
     solver, values = METHODS[method]
     editor = LocateThenEdit(FixedLayers(layers), values, solver, contexts=5, context_length=5)
     session = EditSession(model, tokenizer, editor)
-    workspace = session.workspace
-    reference = LocalityReference()
-    reference.collect(model, workspace.prompter, requests)
-    plan = session.plan(requests)
-    total: dict[str, float] = {"p(v*)": sum(plan.probability)}
-    for i, request in enumerate(requests):
-        one = replace(
-            plan,
-            requests=[request],
-            layers=[plan.layers[i]],
-            data=replace(plan.data, problems=[plan.data.problems[i]], targets=[plan.data.targets[i]]),
-        )
-        editor.apply(workspace, one)
-        for name, value in evaluate(model, workspace.prompter, [request], reference).items():
-            total[name] = total.get(name, 0.0) + value
-        for site in session.sites:
-            site.restore()
-    return {name: value / len(requests) for name, value in total.items()}
+    found = list(editor.single_edits(session.workspace, requests))
+    scores = figures([outcome for _, outcome in found], ["exact_match"])
+    return {"p(v*)": sum(plan.probability[0] for plan, _ in found) / len(found), **scores}
 
 
 def measure(model: nn.Module, tokenizer: Any, n_single: int = 24, console: Console | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_edit.datamodules import CounterFactDataModule, EditDataModule
 from lit_edit.editors import MEND
 from lit_edit.editors.mend.network import HyperNetwork, TokenFactors, gradient_factors
-from lit_edit.evaluation.scores import LocalityReference, evaluate
+from lit_edit.evaluation.evaluate import figures
 from lit_edit.model.loading import EMBEDDED, load_model, on_terminal
 from lit_edit.model.prompts import Row
 from lit_edit.model.trial import Factors, edit_batch, low_rank_change, target_nll
@@ -134,19 +134,7 @@ def gather_statistics(
 
 def held_out_scores(workspace: Workspace, editor: MEND, requests: Sequence[EditRequest]) -> dict[str, float]:
     """Reliability, generalization and locality of single edits, each made on the unedited model and taken back."""
-    sums: dict[str, float] = {}
-    parts = [workspace.architecture[layer] for layer in editor.editable_layers(workspace)]
-    kept = [part.weight.clone() for part in parts]  # taking an update back would leave its rounding
-    model, prompter = workspace.model, workspace.prompter
-    reference = LocalityReference()
-    reference.collect(model, prompter, requests)
-    for request in requests:
-        editor.apply(workspace, editor.plan(workspace, [request]))
-        for kind, score in evaluate(model, prompter, [request], reference).items():
-            sums[kind] = sums.get(kind, 0.0) + score
-        for part, weight in zip(parts, kept, strict=True):
-            part.weight.copy_(weight)
-    return {kind: total / len(requests) for kind, total in sums.items()}
+    return figures([outcome for _, outcome in editor.single_edits(workspace, requests)], ["exact_match"])
 
 
 def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
