@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_edit.editors import Editor, Plan
+from lit_edit.editors import Editor, Mending, Plan
 from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.loading import EMBEDDED, load_model, on_terminal, save_model
 from lit_edit.model.prompts import Prompter
@@ -37,6 +37,7 @@ class LitEdit(L.LightningModule):
         model: ``embedded``, a folder or a hub name; or a loaded model, together with its ``tokenizer``.
         tokenizer: of a loaded model.
         dtype: in which a named model is loaded.
+        mending: When past edits that slipped are written again; never if None.
         **preparation: Settings of `lit_edit.session.Preparation`.
 
     Raises:
@@ -49,6 +50,7 @@ class LitEdit(L.LightningModule):
         model: str | nn.Module = EMBEDDED,
         tokenizer: Any = None,
         dtype: str = "float32",
+        mending: Mending | None = None,
         **preparation: Any,
     ) -> None:
         super().__init__()
@@ -62,6 +64,7 @@ class LitEdit(L.LightningModule):
                 raise ValueError("A loaded model needs its tokenizer: LitEdit(editor, model, tokenizer=...).")
             self.model, self.tokenizer = model, tokenizer
         self.model.eval().requires_grad_(False)
+        self.mending = mending
         self.preparation = Preparation(**preparation)
         self.session: EditSession | None = None
         self.last_edits: list[Edit] = []
@@ -133,6 +136,7 @@ class LitEdit(L.LightningModule):
             self.tokenizer,
             self.editor,
             self.preparation,
+            self.mending,
             self._requests(),
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None and on_terminal(),
             notify=self._announce if self.trainer.is_global_zero else None,

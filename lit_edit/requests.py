@@ -12,6 +12,11 @@ DISTRACTING = "distracting"
 ProbeKind = Literal["generalization", "locality", "portability", "generation", "instance"]
 
 
+def plain(text: str) -> str:
+    """Text as questions are compared: without case and surplus white space."""
+    return " ".join(text.casefold().split())
+
+
 class RequestError(ValueError):
     """A record that cannot be edited; the message names the file, the record and the field."""
 

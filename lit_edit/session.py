@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_edit.algebra.linalg import fill_silent
-from lit_edit.editors import Editor, Plan
+from lit_edit.editors import Editor, Mending, Plan
 from lit_edit.evaluation.scores import greedy, score_targets
 from lit_edit.model.edited_weight import Written
 from lit_edit.model.families import Family
@@ -20,7 +21,7 @@ from lit_edit.model.loading import EMBEDDED
 from lit_edit.model.prompts import Row, check_requests, sample_contexts
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.runs.journal import Edit, Journal
+from lit_edit.runs.journal import Edit, Journal, Mended
 from lit_edit.statistics import Collector, GradientCollector, KeyCollector, Statistics
 from lit_edit.statistics.corpora import load_corpus
 
@@ -82,6 +83,7 @@ class EditSession:
         tokenizer: Its fast tokenizer.
         editor: The method.
         preparation: Corpus, seed and the like.
+        mending: When past edits that slipped are written again; never if None.
         requests: Those to come, as far as they are known: what does not fit the model is reported before statistics
             are collected.
         progress: Show a bar while statistics are collected.
@@ -101,13 +103,15 @@ class EditSession:
         tokenizer: Any,
         editor: Editor,
         preparation: Preparation | None = None,
+        mending: Mending | None = None,
         requests: Sequence[EditRequest] = (),
         progress: bool = False,
         notify: Callable[[str], None] | None = None,
     ) -> None:
         how = Preparation() if preparation is None else preparation
         model.eval().requires_grad_(False)
-        self.editor = editor
+        self.editor, self.mending = editor, mending
+        self._mended_at = 0
         self.workspace = Workspace.of(model, tokenizer, family=how.family, chat_template=how.chat_template)
         self.journal = Journal()
         self._warned_of_rounding = False
@@ -171,7 +175,23 @@ class EditSession:
                 said = self._asked(plan.requests, rows)
         finally:  # the weights are edited, whatever becomes of the score: the journal must say so
             edits = self._record(plan, own, said)
+        if self.mending is not None and self.mending.is_due(self._mended_at, len(self.journal)):
+            self.mend()
         return edits
+
+    def mend(self) -> list[int]:
+        """Writes past edits that slipped again, as the session's `Mending` says (its defaults if it has none).
+
+        Returns:
+            Numbers of the edits that were written again.
+        """
+        began = time.perf_counter()
+        numbers = (self.mending or Mending()).run(self.workspace, self.editor)
+        self.workspace.stopwatch.take()  # counted here, not with the next edit
+        self._mended_at = len(self.journal)
+        if len(self.journal):
+            self.journal.mendings.append(Mended(len(self.journal), numbers, time.perf_counter() - began))
+        return numbers
 
     def _asked(self, requests: Sequence[EditRequest], rows: Sequence[Row]) -> list[dict[str, Any]]:
         """What the model answers now to the edit prompts of a batch."""
@@ -234,7 +254,9 @@ class EditSession:
         )
 
     def finish(self) -> None:
-        """Does what the editor does once, when no more edits follow (PRUNE). More edits may follow all the same."""
+        """Does what is done once, when no more edits follow: a last mending, PRUNE. More may follow all the same."""
+        if self.mending is not None and self._mended_at < len(self.journal):
+            self.mend()
         self.editor.finish(self.workspace)
 
     def edited_weights(self) -> dict[str, Tensor]:
@@ -247,8 +269,8 @@ class EditSession:
             "sites": {site.layer: site.state_dict() for site in self.sites},
             "contexts": list(self.workspace.contexts),
             "cuttable": self.workspace.cuts.cuttable,
-            "edits": self.workspace.edits,
             "finished_at": self.workspace.finished_at,
+            "mended_at": self._mended_at,
             "journal": self.journal.state_dict(),
         }
 
@@ -276,7 +298,9 @@ class EditSession:
             site.load_state_dict(sites[site.layer])
         self.workspace.contexts = list(state["contexts"])
         self.workspace.cuts.cuttable = bool(state["cuttable"])
-        self.workspace.edits, self.workspace.finished_at = int(state["edits"]), int(state["finished_at"])
+        self.workspace.finished_at = int(state["finished_at"])
+        self.workspace.history = list(self.journal.requests)
+        self._mended_at = int(state["mended_at"])
 
 
 def _listed(layers: Iterable[int]) -> str:

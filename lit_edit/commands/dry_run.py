@@ -259,7 +259,7 @@ def _prepared(
         if missing:
             warnings.simplefilter("ignore", UserWarning)  # that the tokens are few
             how = replace(how, corpus_tokens=sampled, cache_dir=nowhere)
-        session = EditSession(module.model, module.tokenizer, module.editor, how, requests)
+        session = EditSession(module.model, module.tokenizer, module.editor, how, requests=requests)
     preparing = dict(session.prepared)
     if missing:
         preparing["statistics"] *= module.preparation.corpus_tokens / sampled

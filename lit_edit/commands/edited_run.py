@@ -120,7 +120,7 @@ class EditedRun:
             sites[layer].load_state_dict(state)
             if sites[layer].edited:
                 originals[sites[layer].name] = sites[layer].original_stored
-        return Applied(fingerprint, originals, len(content["journal"]))
+        return Applied(fingerprint, originals, len(content["journal"]["edits"]))
 
 
 @dataclass(frozen=True, eq=False)

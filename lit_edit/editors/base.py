@@ -20,7 +20,17 @@ from lit_edit.requests import EditRequest
 
 @dataclass(frozen=True)
 class Plan:
-    """What the gradient half found: per request the layers, loss and p(target) reached, and the editor's own data."""
+    """What the gradient half found.
+
+    Attributes:
+        requests: The batch.
+        layers: Per request, those it is written into.
+        loss: Per request, that of its values when their optimisation stopped.
+        probability: Per request, of the new target with the values in place.
+        steps: Per request, of the optimisation.
+        data: The editor's own.
+        numbers: Numbers of edits that are written again (mending); None for new edits.
+    """
 
     requests: list[EditRequest]
     layers: list[tuple[int, ...]]
@@ -28,6 +38,7 @@ class Plan:
     probability: list[float]
     steps: list[int]
     data: Any = field(default=None, repr=False)
+    numbers: list[int] | None = None
 
     @property
     def counts(self) -> dict[int, int]:
@@ -47,6 +58,11 @@ class Editor(ABC):
     """
 
     restraints: Sequence[Restraint] = ()
+
+    @property
+    def max_batch(self) -> int | None:
+        """Requests that can be written together at most; None for any number."""
+        return None
 
     @abstractmethod
     def editable_layers(self, workspace: Workspace) -> list[int]:
@@ -71,6 +87,9 @@ class Editor(ABC):
         """(number, length in tokens) of generated context prefixes; (0, 0) for none."""
         return (0, 0)
 
+    def refresh(self, workspace: Workspace) -> None:  # noqa: B027 - most editors remember no keys
+        """Computes what layers remember of past edits anew, on the model as it is."""
+
     def describe(self) -> str:
         """The method in a few words, for people: ``MEMIT with EAC + PRUNE``."""
         return type(self).__name__ + "".join(f" + {type(restraint).__name__}" for restraint in self.restraints)
@@ -79,12 +98,17 @@ class Editor(ABC):
         """Float64 numbers kept between edits for a layer with ``W (d, p)``; for estimates of memory."""
         return 0
 
-    def check(self, workspace: Workspace, batch_size: int) -> None:  # noqa: B027 - an editor may take anything
+    def check(self, workspace: Workspace, batch_size: int) -> None:
         """Finds what will not work before the first edit; the workspace is complete by then.
 
         Raises:
             ValueError: If batches of this size cannot be edited, or the statistics do not serve.
         """
+        if self.max_batch is not None and batch_size > self.max_batch:
+            raise ValueError(
+                f"{self.describe()} writes one fact at a time and got {batch_size} in a batch: set batch_size to 1, or "
+                "use MEMIT."
+            )
 
     @abstractmethod
     def plan(self, workspace: Workspace, requests: Sequence[EditRequest]) -> Plan:
@@ -121,7 +145,7 @@ class Editor(ABC):
             finally:
                 for site in workspace.sites.values():
                     site.restore()
-                workspace.edits = 0
+                workspace.history.clear()
 
     @abstractmethod
     def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:
@@ -166,7 +190,8 @@ class Editor(ABC):
                     else:
                         after(site, update)
                     site.pending = 0
-                before, now = workspace.edits, workspace.edits + len(plan.requests)
+                before = workspace.edits
+                now = before + (0 if plan.numbers is not None else len(plan.requests))
                 with watch.measure("restrain"):
                     for site in sites:
                         for restraint in self.restraints:
@@ -176,7 +201,8 @@ class Editor(ABC):
             finally:
                 for site in sites:
                     site.pending = 0
-        workspace.edits = now
+        if plan.numbers is None:
+            workspace.history += plan.requests
         return written
 
     @torch.no_grad()

@@ -48,6 +48,11 @@ class BareKey(KeyAverage):
         return keys[0]
 
 
+def context_keys(workspace: Workspace, requests: Sequence[EditRequest], layer: int) -> list[Tensor]:
+    """The keys of each request in every context, the bare prompt first: ``(p, contexts)`` in float32, not averaged."""
+    return [keys.T for keys in _context_keys(workspace, requests, [layer])[layer]]
+
+
 def compute_keys(
     workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: KeyAverage
 ) -> dict[int, Tensor]:
@@ -66,10 +71,18 @@ def compute_keys(
     return keys
 
 
-@torch.no_grad()
 def _compute_keys(
     workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], average: KeyAverage
 ) -> dict[int, Tensor]:
+    found = _context_keys(workspace, requests, layers)
+    return {layer: torch.stack([average.average(k) for k in keys], dim=1) for layer, keys in found.items()}
+
+
+@torch.no_grad()
+def _context_keys(
+    workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int]
+) -> dict[int, list[Tensor]]:
+    """For each layer and request (contexts, p)."""
     modules = {layer: workspace.architecture[layer].projection for layer in layers}
     keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     together = max(1, ROWS_AT_ONCE // len(workspace.contexts))
@@ -82,6 +95,5 @@ def _compute_keys(
         at = torch.arange(len(rows), device=workspace.device)
         sizes = [len(rows) for rows in per_request]
         for layer in layers:
-            found = seen[layer][at, batch.subject_last].float().split(sizes)
-            keys[layer] += [average.average(k) for k in found]
-    return {layer: torch.stack(found, dim=1) for layer, found in keys.items()}
+            keys[layer] += seen[layer][at, batch.subject_last].float().split(sizes)
+    return keys

@@ -103,6 +103,50 @@ class FixedLayers(LayerPolicy):
         return [Choice(self.layers, self.layers[-1], {}) for _ in requests]
 
 
+class LeastFull(LayerPolicy):
+    """The layers with the fewest edits so far, so that edits spread evenly over all candidates.
+
+    A layer of width d holds O(d) edits before they disturb one another; what counts is edits per layer over width.
+
+    Args:
+        layers: Candidates.
+        number: Layers that each request is written into, jointly.
+
+    Raises:
+        ValueError: Unless 1 ≤ ``number`` ≤ the number of candidates.
+    """
+
+    def __init__(self, layers: list[int], number: int = 3) -> None:
+        if not layers or len(set(layers)) != len(layers) or not 1 <= number <= len(layers):
+            raise ValueError(
+                f"{number} of the layers {layers} cannot be chosen: name distinct ones, and enough of them."
+            )
+        self.layers, self.number = sorted(layers), number
+
+    def candidates(self, architecture: Architecture) -> list[int]:
+        """The candidates."""
+        architecture.check(self.layers)
+        return list(self.layers)
+
+    def choose(
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        values: ValueOptimizer,
+        average: KeyAverage,
+        value_average: KeyAverage | None = None,
+    ) -> list[Choice]:
+        """The least full layers for the first request, the next for the second, and so on through the batch."""
+        edits = {layer: workspace.site(layer).edits for layer in self.layers}
+        choices = []
+        for _ in requests:
+            chosen = tuple(sorted(sorted(self.layers, key=lambda layer: (edits[layer], layer))[: self.number]))
+            for layer in chosen:
+                edits[layer] += 1
+            choices.append(Choice(chosen, chosen[len(chosen) // 2], {}))
+        return choices
+
+
 class ActivationSelection(LayerPolicy):
     """MOSE's selection by activation (Eq. 21, 22), with the neighbours of the chosen layer.
 

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from lit_edit.algebra.updates import Update
 from lit_edit.editors.base import Editor, Plan
-from lit_edit.editors.keys import KeyAverage, MeanKey, compute_keys
+from lit_edit.editors.keys import KeyAverage, MeanKey, compute_keys, context_keys
 from lit_edit.editors.layers import FixedLayers, LayerPolicy
 from lit_edit.editors.restraints import Restraint, UpdateKind, check_restraints
 from lit_edit.editors.solvers import Solver
 from lit_edit.editors.values import Plain, ValueOptimizer, ValueProblem, Values, block_outputs
+from lit_edit.evaluation.scope import EditedFacts
 from lit_edit.model.edited_weight import EditedWeight, Written
 from lit_edit.model.workspace import Workspace
-from lit_edit.requests import EditRequest
+from lit_edit.requests import EditRequest, plain
 
 
 class LocateThenEdit(Editor):
@@ -36,6 +37,11 @@ class LocateThenEdit(Editor):
         value_keys: the same for the keys at which v* is optimised and the residual is taken; None takes ``keys``. Only
             for solvers that can tell the two apart: ROME, whose released code takes the bare prompt's key there.
         restraints: what is done to every update, or to their sum, in this order.
+        every_key: Whether to solve for the request's key in every context, each with an equal share of the weight,
+            instead of their average alone. The average is what is remembered.
+        with_earlier: Whether a subject that was edited before is edited together with its earlier facts: v* is
+            optimised for all of them, and its key replaces theirs in the memory. Without it the memory of the first
+            edit resists the second, whose key is nearly the same.
         contexts: number of generated context prefixes.
         context_length: their length in tokens.
 
@@ -51,6 +57,8 @@ class LocateThenEdit(Editor):
         keys: KeyAverage | None = None,
         value_keys: KeyAverage | None = None,
         restraints: list[Restraint] | None = None,
+        every_key: bool = False,
+        with_earlier: bool = False,
         contexts: int = 5,
         context_length: int = 10,
     ) -> None:
@@ -68,7 +76,31 @@ class LocateThenEdit(Editor):
             )
         self.layers, self.values, self.solver, self.value_keys = layers, values, solver, value_keys
         self.keys = keys if keys is not None else MeanKey()
+        if every_key and (value_keys is not None or solver.max_batch is not None):
+            raise ValueError(f"{type(solver).__name__} solves for one key and cannot take `every_key`.")
+        self.every_key, self.with_earlier = every_key, with_earlier
         self._contexts = (contexts, context_length)
+
+    @property
+    def max_batch(self) -> int | None:
+        """As the solver says."""
+        return self.solver.max_batch
+
+    def refresh(self, workspace: Workspace) -> None:
+        """Computes the remembered keys anew."""
+        sites = [workspace.site(layer) for layer in self.editable_layers(workspace)]
+        numbers = sorted({n for site in sites for n in site.owners if n})
+        if not numbers:
+            return
+        place = {n: i for i, n in enumerate(numbers)}
+        workspace.keys.clear()
+        requests = [workspace.history[n - 1] for n in numbers]
+        found = compute_keys(workspace, requests, [site.layer for site in sites], self.keys)
+        workspace.keys.clear()
+        for site in sites:
+            columns = [found[site.layer][:, place[n]] if n else site.keys[:, i] for i, n in enumerate(site.owners)]
+            if columns:
+                site.rekey(torch.stack(columns, dim=1))
 
     @property
     def context_sampling(self) -> tuple[int, int]:
@@ -105,7 +137,7 @@ class LocateThenEdit(Editor):
 
     def check(self, workspace: Workspace, batch_size: int) -> None:
         """Refuses a batch size or a layer that the solver cannot take."""
-        self.solver.check_batch_size(batch_size)
+        super().check(workspace, batch_size)
         for layer in self.editable_layers(workspace):
             self.solver.check(workspace.site(layer))
 
@@ -126,12 +158,30 @@ class LocateThenEdit(Editor):
                 workspace.site(layer).pending = count
             try:
                 values = self.values.optimise(
-                    workspace, requests, problems, self.value_keys or self.keys, penalties=self.values.penalties
+                    workspace,
+                    requests,
+                    problems,
+                    self.value_keys or self.keys,
+                    penalties=self.values.penalties,
+                    also=self._also(workspace, requests),
                 )
             finally:
                 for layer in counts:
                     workspace.site(layer).pending = 0
         return Plan(list(requests), [c.layers for c in choices], values.loss, values.probability, values.steps, values)
+
+    def _also(self, workspace: Workspace, requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
+        """For each request the facts to keep with it: the latest about its subject, and those of its batch."""
+        if not self.with_earlier:
+            return [[] for _ in requests]
+        found = []
+        for request in requests:
+            others = [r for r in requests if r is not request and plain(r.subject) == plain(request.subject)]
+            about = [*workspace.earlier(request).values(), *others]
+            facts = EditedFacts([*about, request])
+            latest = {id(facts.latest(r)): facts.latest(r) for r in about}
+            found.append([r for r in latest.values() if r is not request])
+        return found
 
     def plans(self, workspace: Workspace, requests: Sequence[EditRequest]) -> list[Plan]:
         """Values of all requests in one optimisation."""
@@ -157,16 +207,23 @@ class LocateThenEdit(Editor):
 
         def update_of(site: EditedWeight) -> Update:
             mine = [i for i, layers in enumerate(plan.layers) if site.layer in layers]
+            site.forget(plan.numbers or [])
+            if self.with_earlier:
+                site.forget([n for request in plan.requests for n in workspace.earlier(request)])
             with watch.measure("keys"):
                 keys, targets, value_keys = self._problem(workspace, plan, values, site, mine)
             with watch.measure("solve"):
-                update = self.solver.solve(site, keys, targets, value_keys)
+                if self.every_key:
+                    update = self.solver.solve(site, *self._in_contexts(workspace, plan, site, mine, targets))
+                else:
+                    update = self.solver.solve(site, keys, targets, value_keys)
             solved[site.layer] = mine, keys, targets
             return update
 
         def after(site: EditedWeight, update: Update) -> None:
             mine, keys, targets = solved[site.layer]
-            site.remember([workspace.edits + 1 + i for i in mine], keys, targets, update.rank(site.weight))
+            numbers = plan.numbers or range(workspace.edits + 1, workspace.edits + 1 + len(plan.requests))
+            site.remember([numbers[i] for i in mine], keys, targets, update.rank(site.weight))
             self.solver.written(site, update)
 
         return self.write(workspace, plan, update_of, after)
@@ -186,6 +243,15 @@ class LocateThenEdit(Editor):
         else:
             targets = torch.stack([values.targets[i][layer] for i in mine], dim=1)
         return keys, targets, value_keys
+
+    def _in_contexts(
+        self, workspace: Workspace, plan: Plan, site: EditedWeight, mine: list[int], targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys (p, c) in all contexts with their targets (d, c), scaled so that a request weighs as one key does."""
+        found = context_keys(workspace, [plan.requests[i] for i in mine], site.layer)
+        share = torch.cat([keys.new_full((keys.shape[1],), keys.shape[1] ** -0.5) for keys in found])
+        number = torch.tensor([keys.shape[1] for keys in found], device=targets.device)
+        return torch.cat(found, dim=1) * share, targets.repeat_interleave(number, dim=1) * share
 
     def _share(self, workspace: Workspace, plan: Plan, values: Values, layer: int, mine: list[int]) -> Tensor:
         """What this layer adds of the residual at each request's last block: (d, n)."""

@@ -10,15 +10,10 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from lit_edit.requests import DISTRACTING, EditRequest, Probe
+from lit_edit.requests import DISTRACTING, EditRequest, Probe, plain
 
 Scope = Literal["locality", "same_subject", "consistency"]
 _WORD = re.compile(r"\w+")
-
-
-def plain(text: str) -> str:
-    """Text as questions are compared: without case and surplus white space."""
-    return " ".join(text.casefold().split())
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -276,6 +276,15 @@ class EditedWeight:
         self.owners = [self.owners[i] for i in left]
         self.forgotten += 1
 
+    def rekey(self, keys: Tensor) -> None:
+        """Puts keys ``(p, m)``, computed anew, in place of the remembered ones."""
+        if keys.shape != self.keys.shape:
+            raise ValueError(
+                f"{tuple(keys.shape)} keys do not replace {tuple(self.keys.shape)} of layer {self.name!r}."
+            )
+        self.keys = keys.detach().to(self.keys)
+        self.forgotten += 1
+
     def _no_columns(self) -> tuple[Tensor, Tensor]:
         d, p = self.shape
         return (

@@ -14,7 +14,7 @@ from lit_edit.model.families import Architecture, Family
 from lit_edit.model.passes import Known
 from lit_edit.model.prompts import Prompter, Row, in_context
 from lit_edit.model.stopwatch import Stopwatch
-from lit_edit.requests import EditRequest
+from lit_edit.requests import EditRequest, plain
 
 KL_PROMPT = "{} is a"
 
@@ -67,7 +67,7 @@ class Workspace:
     Attributes:
         contexts: Templates with one ``{}`` for the prompt, the bare ``{}`` first; part of an edit's definition.
         sites: The layers whose weight somebody has asked for, by index; see `site`.
-        edits: Requests applied so far.
+        history: Requests applied so far, oldest first; edits are numbered from 1 in this order.
         finished_at: ``edits`` when the editor last finished a run.
         stopwatch: Seconds of an edit by stage.
         cuts: What was found out about partial passes of the model (`lit_edit.model.passes`).
@@ -80,7 +80,7 @@ class Workspace:
     prompter: Prompter
     contexts: list[str]
     sites: dict[int, EditedWeight] = field(default_factory=dict)
-    edits: int = 0
+    history: list[EditRequest] = field(default_factory=list)
     finished_at: int = 0
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     cuts: Known = field(default_factory=Known)
@@ -106,6 +106,16 @@ class Workspace:
         """
         prompter = Prompter.of(model, tokenizer, chat_template)
         return cls(model, tokenizer, Architecture(model, family), prompter, list(contexts))
+
+    @property
+    def edits(self) -> int:
+        """Number of requests applied so far."""
+        return len(self.history)
+
+    def earlier(self, request: EditRequest) -> dict[int, EditRequest]:
+        """The edits so far about a request's subject, by number."""
+        subject = plain(request.subject)
+        return {n: r for n, r in enumerate(self.history, start=1) if plain(r.subject) == subject}
 
     @property
     def device(self) -> torch.device:

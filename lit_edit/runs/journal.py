@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,28 @@ class Edit:
     rounding: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Mended:
+    """Past edits that were written again.
+
+    Args:
+        after: Edits applied by then.
+        numbers: Numbers of those written again.
+        seconds: What it took, asking included.
+    """
+
+    after: int
+    numbers: list[int]
+    seconds: float
+
+
 class Journal:
-    """The edits of a run and the requests they came from."""
+    """The edits of a run, the requests they came from, and which were written again."""
 
     def __init__(self) -> None:
         self.edits: list[Edit] = []
         self.requests: list[EditRequest] = []
+        self.mendings: list[Mended] = []
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -78,29 +94,34 @@ class Journal:
     def seconds_by_stage(self) -> dict[str, float]:
         """Mean seconds of an edit by stage, in the order in which stages first occur, and their sum as ``total``.
 
-        A stage counts as 0 for edits that did not go through it.
+        A stage counts as 0 for edits that did not go through it; ``mending`` is shared out over all edits.
         """
+        if not self.edits:
+            return {}
+        n = len(self.edits)
         stages = dict.fromkeys(stage for edit in self.edits for stage in edit.stages)
-        means = {stage: sum(e.stages.get(stage, 0.0) for e in self.edits) / len(self.edits) for stage in stages}
-        return {**means, "total": sum(e.seconds for e in self.edits) / len(self.edits)} if self.edits else {}
+        means = {stage: sum(e.stages.get(stage, 0.0) for e in self.edits) / n for stage in stages}
+        if self.mendings:
+            means["mending"] = sum(m.seconds for m in self.mendings) / n
+        return {**means, "total": sum(means.values())}
 
     def write(self, path: Path) -> None:
         """Writes one JSON object a line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in self.edits), encoding="utf-8")
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The edits in plain types, with what identifies their requests."""
-        return [asdict(e) for e in self.edits]
+    def state_dict(self) -> dict[str, list[dict[str, Any]]]:
+        """Everything in plain types, with what identifies the requests."""
+        return {"edits": [asdict(e) for e in self.edits], "mendings": [asdict(m) for m in self.mendings]}
 
-    def load_state_dict(self, state: Sequence[dict[str, Any]], requests: Sequence[EditRequest]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], requests: Sequence[EditRequest]) -> None:
         """Restores the edits; their requests are found again by case id.
 
         Raises:
             ValueError: if the data no longer hold a request that was applied.
         """
         known = {r.case_id: r for r in requests}
-        edits = [Edit(**e) for e in state]
+        edits = [Edit(**e) for e in state["edits"]]
         missing = [e.case_id for e in edits if e.case_id not in known]
         if missing:
             raise ValueError(
@@ -108,3 +129,4 @@ class Journal:
                 f"{missing[0]!r} first): resume with the data the run was started with."
             )
         self.edits, self.requests = edits, [known[e.case_id] for e in edits]
+        self.mendings = [Mended(**m) for m in state["mendings"]]

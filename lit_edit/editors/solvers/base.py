@@ -26,12 +26,14 @@ class Solver(ABC):
         needs_covariance: Whether layers must come with their key covariance.
         additive: Whether updates are added to the weight; restraints work on such updates only.
         mixes_keys: Whether value keys of their own are understood.
+        max_batch: Requests that can be solved for together at most; None for any number.
         use_memory: The ``memory`` argument.
     """
 
     needs_covariance: bool = True
     additive: bool = True
     mixes_keys: bool = False
+    max_batch: int | None = None
 
     def __init__(self, memory: bool) -> None:
         self.use_memory = memory
@@ -53,6 +55,11 @@ class Solver(ABC):
         (d, p), n = site.shape, keys.shape[-1]
         if not n:
             raise ValueError(f"Layer {site.name!r}: there are no keys to edit.")
+        if self.max_batch is not None and n > self.max_batch:
+            raise ValueError(
+                f"{type(self).__name__} writes one fact at a time and got {n} in a batch: set batch_size to 1, or use "
+                "MEMIT."
+            )
         keys, targets = _checked(site, "keys", keys, (p, n)), _checked(site, "targets", targets, (d, n))
         if value_keys is not None:
             value_keys = _checked(site, "value keys", value_keys, (p, n))
@@ -64,9 +71,6 @@ class Solver(ABC):
 
     def written(self, site: EditedWeight, update: Update) -> None:  # noqa: B027 - most keep nothing of the weight
         """Told of the solver's update once it is in the weight, to bring along what it keeps."""
-
-    def check_batch_size(self, batch_size: int) -> None:  # noqa: B027 - most solvers take any
-        """Raises ValueError if batches of this size cannot be solved; asked before the first edit."""
 
     def check(self, site: EditedWeight) -> None:  # noqa: B027 - most solvers take any
         """Raises ValueError if a layer cannot be edited; asked before the first edit."""

@@ -34,6 +34,7 @@ class ROME(Solver):
     """
 
     mixes_keys = True
+    max_batch = 1
 
     def __init__(self, covariance: bool = True, memory: bool = False, preservation: float = 1.0) -> None:
         super().__init__(memory)
@@ -46,16 +47,8 @@ class ROME(Solver):
             return 0
         return p * p + (room_for_keys(p) if self.use_memory else 0)
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Refuses batches of several requests."""
-        if batch_size != 1:
-            raise ValueError(
-                f"ROME writes one fact at a time and got {batch_size} in a batch: set batch_size to 1, or use MEMIT."
-            )
-
     def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> LowRank:
         key = keys
-        self.check_batch_size(key.shape[1])
         if not key.any():
             raise ValueError(f"The key of layer {site.name!r} is zero: no change of the weight can move its output.")
         memory = self.remembered(site)

@@ -137,6 +137,8 @@ class ValueOptimizer:
         weight_decay: weight of the norm penalty.
         penalties: further terms of the loss (O-Edit). They count in the loss to stop at, too.
         schedule: how the steps are laid out (EAC); None for a single stage.
+        shrink: Passes in which every value is drawn back towards v0 as far as its loss stays below ``stop_loss`` (or
+            the loss it had reached): bisection, so that 4 find the smallest move to a sixteenth. 0 leaves it out.
         complete_passes: run every token through every block at every step, instead of computing once what a change
             cannot reach. The numbers are the same to rounding; for comparison, and for models whose passes cannot be
             cut, which always run complete ones.
@@ -160,6 +162,7 @@ class ValueOptimizer:
         weight_decay: float = 1e-3,
         penalties: list[Penalty] | None = None,
         schedule: Schedule | None = None,
+        shrink: int = 0,
         complete_passes: bool = False,
         max_rows: int | None = None,
     ) -> None:
@@ -178,7 +181,9 @@ class ValueOptimizer:
         self.schedule = schedule if schedule is not None else Plain()
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"Values need max_rows of at least 1, not {max_rows}.")
-        self.complete_passes, self.max_rows = complete_passes, max_rows
+        if shrink < 0:
+            raise ValueError(f"Values are drawn back in `shrink` passes, 0 or more, not {shrink}.")
+        self.shrink, self.complete_passes, self.max_rows = shrink, complete_passes, max_rows
         self.schedule.check(self.constraint)
 
     def optimise(
@@ -190,6 +195,7 @@ class ValueOptimizer:
         steps: int | None = None,
         contexts: Sequence[str] | None = None,
         penalties: Sequence[Penalty] = (),
+        also: Sequence[Sequence[EditRequest]] = (),
     ) -> Values:
         """Runs the optimisation. Needs gradients enabled; leaves no gradient on the model's weights.
 
@@ -202,11 +208,15 @@ class ValueOptimizer:
             average: how keys are averaged, which fixes the starting point ``v0 = W k`` at site ``mlp``.
             steps: replaces the object's own number.
             contexts: replaces the workspace's contexts.
+            also: For each request, further facts about its subject that the same value has to answer; none if empty.
             penalties: Further terms of the loss. Layer policies leave them out: they compare candidates by the plain
                 loss.
         """
         problems = list(problems)
-        texts = {i: self._rows(workspace, requests[i], contexts) for i in dict.fromkeys(p.request for p in problems)}
+        texts = {
+            i: self._rows(workspace, requests[i], contexts, also[i] if also else ())
+            for i in dict.fromkeys(p.request for p in problems)
+        }
         sizes = [(len(texts[p.request].every), texts[p.request].width) for p in problems]
         found: dict[int, tuple[dict[int, Tensor], float, float, int]] = {}
         for part in parts_of_a_batch(sizes, self.rows_at_once(workspace.device), _tokens_of_a_pass(workspace.device)):
@@ -225,9 +235,16 @@ class ValueOptimizer:
         targets, loss, probability, taken = zip(*(found[i] for i in range(len(problems))), strict=True)
         return Values(problems, list(targets), list(loss), list(probability), list(taken))
 
-    def _rows(self, workspace: Workspace, request: EditRequest, contexts: Sequence[str] | None) -> _Rows:
+    def _rows(
+        self,
+        workspace: Workspace,
+        request: EditRequest,
+        contexts: Sequence[str] | None,
+        also: Sequence[EditRequest],
+    ) -> _Rows:
         essence = workspace.essence_row(request) if self.kl_factor else None
-        return _Rows(workspace.rewriting_rows(request, contexts), essence)
+        bare = [workspace.prompter.row(r.prompt, r.target_new, r.subject, r.source) for r in also]
+        return _Rows([*workspace.rewriting_rows(request, contexts), *bare], essence)
 
     def rows_at_once(self, device: torch.device) -> int:
         """The most texts in a pass."""
@@ -310,11 +327,39 @@ class ValueOptimizer:
             return Descent(final, gradient / per_slot, loss_of.tolist(), probability.tolist(), taken.tolist())
 
         found = self.schedule.run(descend, self.steps if steps is None else steps)
-        values = self.constraint.value(starts, found.change)
+        change = found.change
+        if self.shrink:
+            round_ = self._round(workspace, list(range(n)), slots, texts)
+            change = self._drawn_back(round_, texts.before, outputs, starts, change, found.loss)
+        values = self.constraint.value(starts, change)
         targets: list[dict[int, Tensor]] = [{} for _ in problems]
         for s, (p, layer) in enumerate(slots):
             targets[p][layer] = values[s].detach()
         return Values(list(problems), targets, found.loss, found.probability, found.steps)
+
+    @torch.no_grad()
+    def _drawn_back(
+        self,
+        round_: _Round,
+        before: Tensor | None,
+        outputs: Tensor,
+        starts: Tensor,
+        change: Tensor,
+        reached: list[float],
+    ) -> Tensor:
+        """The smallest moves (slots, d) along the way to each value that still do."""
+        enough = torch.tensor(reached, device=starts.device).clamp_min(self.stop_loss)
+        low, high = torch.zeros_like(enough), torch.ones_like(enough)
+
+        def at(share: Tensor) -> Tensor:
+            return self.constraint.project(outputs, change * share[round_.owner, None])
+
+        for _ in range(self.shrink):
+            middle = (low + high) / 2
+            losses, _nll = self._losses(round_, before, outputs, starts, at(middle))
+            does = losses <= enough
+            low, high = torch.where(does, low, middle), torch.where(does, middle, high)
+        return at(high)
 
     def _losses(
         self, round_: _Round, before: Tensor | None, outputs: Tensor, starts: Tensor, delta: Tensor
