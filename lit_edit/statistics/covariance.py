@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lit_edit.statistics.collect import Collector, StatisticsError, check_ran_once
+from lit_edit.statistics.collecting import Collector, StatisticsError, check_ran_once
 
 ENOUGH = 10
 """Tokens per feature of a key from which on nothing is said about the size of the corpus."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lit_edit.statistics.collect import Collector, StatisticsError, check_ran_once
+from lit_edit.statistics.collecting import Collector, StatisticsError, check_ran_once
 
 
 class WeightGradient(Metric):

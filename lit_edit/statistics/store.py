@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_edit.files import load_tensors, read_metadata, save_tensors
 from lit_edit.model.fingerprint import model_fingerprint, tokenizer_fingerprint
-from lit_edit.statistics.collect import Collector, StatisticsError, collect, gathered, processes
+from lit_edit.statistics.collecting import Collector, StatisticsError, collect, gathered, processes
 from lit_edit.statistics.covariance import KeyCollector, warn_if_few
 
 if TYPE_CHECKING:

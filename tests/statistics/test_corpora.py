@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lit_edit.statistics import corpora
 from lit_edit.model.loading import LoadingError
+from lit_edit.statistics import corpora
 from lit_edit.statistics.corpora import StreamedCorpus, load_corpus
 
 TEXTS = [f"Text number {i}, in Zürich." for i in range(30)]
