@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 from lit_edit.requests import DISTRACTING, EditRequest, Probe, plain
 
 Scope = Literal["locality", "same_subject", "consistency"]
 _WORD = re.compile(r"\w+")
+# Words that open a sentence in a capital and are no part of a name.
+_OPENINGS = frozenset(
+    "a an as at by can could did do does for from has have how if in into is of on or over the to under was were what "
+    "when where which who whom whose why will with would".split()
+)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -70,10 +76,21 @@ class EditedFacts:
         return ("same_subject", None) if named else ("locality", None)
 
     def _named_subjects(self, prompt: str) -> list[tuple[str, ...]]:
-        words = _words(prompt)
+        """The edited subjects in a text that are no part of a longer name."""
+        found = list(_WORD.finditer(prompt))
+        words = tuple(word[0].casefold() for word in found)
+        # Whether a name goes on from each word to the next: "Ada Lovelace", not "In Peru" at the start of a sentence.
+        goes_on = [
+            left[0][0].isupper()
+            and right[0][0].isupper()
+            and prompt[left.end() : right.start()] in (" ", "-")
+            and not (i == 0 and words[0] in _OPENINGS)
+            for i, (left, right) in enumerate(pairwise(found))
+        ]
+        joined = [False, *goes_on, False]
         return [
             words[start:end]
             for start in range(len(words))
             for end in range(start + 1, min(start + self._longest, len(words)) + 1)
-            if words[start:end] in self._subjects
+            if words[start:end] in self._subjects and not joined[start] and not joined[end]
         ]

@@ -56,7 +56,7 @@ def tokens_run(model: Any) -> list[int]:
 def test_scores_and_answers_are_those_of_complete_texts(
     family: str, cheap: None, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", tokens)
+    monkeypatch.setattr(scores, "TOKENS_PER_BATCH", tokens)
     model, prompter = made(family)
     rows, run = rows_of(prompter), tokens_run(model)
     prompts = [head + rest for head in HEADS for rest in RESTS]

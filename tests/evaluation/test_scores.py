@@ -12,9 +12,8 @@ import torch
 from helpers.runs import SENTENCES, taught
 
 from lit_edit.evaluation import scores
-from lit_edit.evaluation.scores import LocalityReference, evaluate, greedy, score_targets
+from lit_edit.evaluation.scores import greedy, score_targets
 from lit_edit.model.prompts import Prompter
-from lit_edit.requests import EditRequest, Probe, RequestError
 
 Taught = tuple[Any, Any]
 
@@ -69,7 +68,7 @@ PROMPTS = [
 def test_greedy_is_the_most_likely_token_step_by_step(
     model: Any, prompter: Prompter, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int
 ) -> None:
-    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr(scores, "TOKENS_PER_BATCH", tokens_per_batch)
     limits = [3, 40, 40, 5, 40, 0]
     found = greedy(model, prompter, PROMPTS, limits)
     expected = [stepwise(model, prompter.tokenizer, p, n) for p, n in zip(PROMPTS, limits, strict=True)]
@@ -98,7 +97,7 @@ def test_greedy_of_nothing(model: Any, prompter: Prompter) -> None:
 def test_scores_come_in_the_order_of_the_rows(
     model: Any, prompter: Prompter, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int
 ) -> None:
-    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr(scores, "TOKENS_PER_BATCH", tokens_per_batch)
     texts = [
         ("The capital of France is", "Lyon."),
         ("Maria was", "born in Oslo."),
@@ -119,117 +118,6 @@ def test_scores_come_in_the_order_of_the_rows(
         assert float(found.log_prob[i]) == pytest.approx(log_prob, rel=1e-3)
         assert float(found.mean_log_prob[i]) == pytest.approx(log_prob / len(wanted), rel=1e-3)
     assert found.exact.tolist() == [True, True, False, False]
-
-
-def requests() -> list[EditRequest]:
-    """Some right, some wrong, of every kind of probe, and as many probes as to make the order of averages matter."""
-    return [
-        EditRequest(
-            "0",
-            "The capital of France is",
-            "France",
-            "Lyon.",
-            probes=(
-                Probe("generalization", "The capital of Peru is"),  # answered by another
-                Probe("generalization", "The capital of France is"),
-                Probe("generalization", "Maria was born in", target="Oslo."),
-                Probe("locality", "Maria was born in", target="Oslo now"),
-                Probe("locality", "The capital of Peru is", target="Lima"),
-                Probe("portability", "The river of Peru runs slowly to the", target="sea."),
-                Probe("portability", "The river of Peru runs slowly to the"),  # no answer recorded: not scored
-                Probe("generation", "France is"),
-                Probe("instance", "Is France a country?"),
-            ),
-        ),
-        EditRequest("1", "The capital of Peru is", "Peru", "Oslo.", probes=(Probe("generalization", "Peru"),)),
-        EditRequest("2", "Maria was born in", "Maria", "Oslo."),
-    ]
-
-
-def test_evaluate_equals_a_plain_loop(model: Any, prompter: Prompter) -> None:
-    reference = LocalityReference()
-    reference.collect(model, prompter, requests())
-    edited = copy.deepcopy(model)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(1)
-        head = edited.get_input_embeddings().weight
-        # Enough to change some answers and not all of them.
-        head[prompter.tokenizer("Lima")["input_ids"][-1]] += 3 * torch.randn(head.shape[1])
-    tokenizer = prompter.tokenizer
-
-    def hit(prompt: str, target: str) -> float:
-        wanted = tail(tokenizer, prompt, target)
-        return float(stepwise(edited, tokenizer, prompt, len(wanted)) == wanted)
-
-    def same(prompt: str, length_of: str) -> float:
-        n = len(tail(tokenizer, prompt, length_of))
-        return float(stepwise(edited, tokenizer, prompt, n) == stepwise(model, tokenizer, prompt, n))
-
-    expected: dict[str, list[float]] = {"reliability": [], "generalization": [], "locality": [], "portability": []}
-    for request in requests():
-        per_kind: dict[str, list[float]] = {kind: [] for kind in expected}
-        per_kind["reliability"].append(hit(request.prompt, request.target_new))
-        for probe in request.probes:
-            if probe.kind == "generalization":
-                per_kind["generalization"].append(hit(probe.prompt, probe.target or request.target_new))
-            elif probe.kind == "locality":
-                per_kind["locality"].append(same(probe.prompt, probe.target or request.target_new))
-            elif probe.kind == "portability" and probe.target:
-                per_kind["portability"].append(hit(probe.prompt, probe.target))
-        for kind, hits in per_kind.items():
-            if hits:
-                expected[kind].append(sum(hits) / len(hits))
-    found = evaluate(edited, prompter, requests(), reference)
-    assert found == {kind: pytest.approx(sum(means) / len(means)) for kind, means in expected.items()}
-    assert 0 < found["reliability"] < 1
-    assert 0 < found["generalization"] < 1
-
-
-def test_locality_of_the_unedited_model_is_one(model: Any, prompter: Prompter) -> None:
-    """Also where it does not give the recorded answer, since that is not what counts."""
-    reference = LocalityReference()
-    assert reference.collect(model, prompter, requests()) == 2
-    assert evaluate(model, prompter, requests(), reference)["locality"] == 1
-
-
-def test_a_reference_is_taken_once_and_as_long_as_the_recorded_answer(model: Any, prompter: Prompter) -> None:
-    prompt, tokenizer = "The river of Peru runs", prompter.tokenizer
-    asked = [
-        EditRequest("0", "In Rome", "Rome", "no", probes=(Probe("locality", prompt, target="slowly to"),)),
-        EditRequest("1", "In Oslo", "Oslo", "no", probes=(Probe("locality", prompt, target="slowly"),)),
-        EditRequest("2", "In Lima", "Lima", "a new target", probes=(Probe("locality", "The capital of Peru"),)),
-    ]
-    reference = LocalityReference()
-    assert reference.collect(model, prompter, asked) == 2
-    assert reference.answers == {
-        prompt: stepwise(model, tokenizer, prompt, len(tail(tokenizer, prompt, "slowly to"))),
-        "The capital of Peru": stepwise(
-            model, tokenizer, "The capital of Peru", len(tail(tokenizer, "The capital of Peru", "a new target"))
-        ),
-    }
-    before = copy.deepcopy(reference.answers)
-    other = copy.deepcopy(model)
-    torch.nn.init.normal_(other.get_input_embeddings().weight)
-    assert reference.collect(other, prompter, asked) == 0
-    assert reference.answers == before
-
-
-def test_a_probe_without_an_answer_does_not_count(model: Any, prompter: Prompter) -> None:
-    """After a finished sentence the model says nothing: there is nothing to compare with."""
-    silent = Probe("locality", "The capital of France is Lyon.", target="It is")
-    request = EditRequest("0", "Maria was born in", "Maria", "Oslo.", probes=(silent,))
-    reference = LocalityReference()
-    reference.collect(model, prompter, [request])
-    assert reference.answers == {silent.prompt: []}
-    assert evaluate(model, prompter, [request], reference) == {"reliability": 1.0}
-
-
-def test_a_probe_that_is_too_long_names_its_record(model: Any, prompter: Prompter) -> None:
-    request = EditRequest(
-        "0", "Maria is", "Maria", "in", probes=(Probe("locality", "so " * 200, target="so"),), source="f.json, record 4"
-    )
-    with pytest.raises(RequestError, match=r"f\.json, record 4.*\d+ tokens"):
-        LocalityReference().collect(model, prompter, [request])
 
 
 def test_the_model_knows_its_sentences(model: Any, prompter: Prompter) -> None:
