@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,13 @@ class Case:
         self.site.remember(range(number, number + self.keys.shape[1]), self.keys, self.targets)
         solver.written(self.site, written.update)
         return written
+
+    def then(self, seed: int, n: int | None = None) -> Case:
+        """Another edit of the layer: keys as in its corpus, targets as long as the present outputs."""
+        (d, p), n = self.site.shape, self.keys.shape[1] if n is None else n
+        keys = torch.linalg.cholesky(self.covariance.double()) @ normal(p, n, seed=seed)
+        targets = normal(d, n, seed=seed + 1000)
+        return replace(self, keys=keys, targets=targets / targets.norm(dim=0) * (self.weight @ keys).norm(dim=0))
 
     def fresh(self, **changes: Any) -> Case:
         """The same on a layer of its own that was never edited, but for what is changed."""
