@@ -56,6 +56,16 @@ def site_of(
     return site
 
 
+def edited_site(edits: int = 3, pending: int = 1, d: int = 16, p: int = 24, seed: int = 0) -> EditedWeight:
+    """A layer with a gradient, in which edits of rank one were written and some more are about to be."""
+    original, total = normal(d, p, seed=seed), normal(d, edits, seed=seed + 1) @ normal(edits, p, seed=seed + 2)
+    gradient = normal(d, p, seed=seed + 3)
+    site = site_of(original + total, gradient=gradient, original=original, layer=seed)
+    site.count(edits)
+    site.pending = pending
+    return site
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer, and keys and targets to edit it with."""
