@@ -109,12 +109,15 @@ class EditedWeight:
     @property
     def stored(self) -> Tensor:
         """The same, oriented as the model stores it."""
+        self._check_unchanged()
+        return self._stored.detach()
+
+    def _check_unchanged(self) -> None:
         if _changes_of(self._stored) != self._counted:
             raise ValueError(
                 f"The weight {self.name!r} was changed by other means than an edit, so that what is known of it "
                 "no longer holds. Open a new session on the model as it is."
             )
-        return self._stored.detach()
 
     @property
     def exact(self) -> ExactWeight:
@@ -299,6 +302,7 @@ class EditedWeight:
         return (*counts, self.keys, self.targets, self.owners, dict(self.kept))
 
     def _begin(self) -> None:
+        self._check_unchanged()
         self._open, self._before = True, _Before(None, None, None, self._state())
 
     @torch.no_grad()
@@ -373,16 +377,24 @@ class EditedWeight:
             if name not in state or tuple(state[name].shape) != shape:
                 found = tuple(state[name].shape) if name in state else "nothing"
                 raise ValueError(f"The state of layer {self.name!r} has {found} for {name}, not {shape}.")
+        for name, tensor in state.items():
+            if name not in (*wanted, "stored", "remainder") and not name.startswith(_KEPT):
+                raise ValueError(f"The state of layer {self.name!r} has {name}, which belongs to no layer.")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"The state of layer {self.name!r} holds values of {name} that are not finite.")
         stored = state.get("stored")
         if stored is not None and (stored.shape != self._stored.shape or stored.dtype != self._stored.dtype):
             raise ValueError(
                 f"The state holds {self.name!r} as {stored.dtype} of shape {tuple(stored.shape)}, the model has it as "
                 f"{self._stored.dtype} of shape {tuple(self._stored.shape)}."
             )
-        if stored is not None and not torch.isfinite(stored).all():
-            raise ValueError(f"The state holds values of {self.name!r} that are not finite.")
         remainder = state.get("remainder")
-        if remainder is not None and (stored is None or tuple(remainder.shape) != (d, p)):
+        if remainder is not None and not (
+            stored is not None
+            and can_have_remainder(stored.dtype)
+            and tuple(remainder.shape) == (d, p)
+            and remainder.dtype == no_remainder(stored[:0]).dtype
+        ):
             raise ValueError(f"The state's remainder of layer {self.name!r} does not belong to its weight.")
 
 
@@ -391,10 +403,13 @@ def all_or_nothing(sites: Sequence[EditedWeight]) -> Iterator[None]:
     """Gives weights, memories and all that is kept their former content, bit by bit, where the block ends in an error.
 
     Not to be nested.
+
+    Raises:
+        ValueError: If a weight was changed by other means than an edit.
     """
-    for site in sites:
-        site._begin()
     try:
+        for site in sites:
+            site._begin()
         yield
     except BaseException:  # an interrupt by the keyboard, too
         for site in sites:
