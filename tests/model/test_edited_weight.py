@@ -79,11 +79,13 @@ def test_a_write_changes_the_parameter_and_the_original_can_be_had_back(dtype: t
     assert (copy.device.type, copy.dtype) == ("cpu", dtype)
     assert copy.data_ptr() == site.original.data_ptr() != parameter.data_ptr()
     site.remember([1], torch.ones(P, 1), torch.ones(D, 1))
+    site.kept["A"] = object()
     site.restore()
     assert torch.equal(site.weight, before)
     torch.testing.assert_close(site.exact.dense(), before.double(), rtol=0, atol=0)  # and no remainder
     assert (site.version, site.edited, site.edits, site.rank, site.owners) == (4, False, 0, 0, [])
     assert site.keys.shape == (P, 0)
+    assert site.kept == {}
 
 
 def test_what_is_computed_from_the_weight_is_kept_until_the_next_write() -> None:
