@@ -25,16 +25,6 @@ def test_preserved_outputs_stay_and_the_papers_formula_holds(d: int, p: int, n: 
     torch.testing.assert_close(delta, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("n", [1, 10, 60])
-def test_with_the_whole_space_free_it_is_ridge_regression(n: int) -> None:
-    case = random_case(16, 48, n, 5)
-    stacked = torch.cat([case.keys, 2.0**0.5 * torch.eye(48, dtype=torch.float64)], dim=1)
-    wanted = torch.cat([case.residual, torch.zeros(16, 48, dtype=torch.float64)], dim=1)
-    expected = torch.linalg.lstsq(stacked.T, wanted.T, driver="gelsd").solution.T
-    delta = case.delta(AlphaEdit(threshold=1e9, ridge=2.0, memory=False))
-    torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-11)
-
-
 def test_no_null_space_says_what_to_do() -> None:
     case = random_case(covariance=torch.diag(torch.linspace(0.5, 4.0, 48)))
     with pytest.raises(ValueError, match=r"layer 'h.3': the smallest of 48 .* is 0.5, the threshold 0.02.*`energy`"):

@@ -20,13 +20,6 @@ def test_memit_is_the_least_squares_solution(d: int, p: int, n: int, memory: boo
     (gradient,) = torch.autograd.grad(loss, x)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-10)
 
-    # The same as one stacked system of linear equations, which never forms a Gram matrix of keys.
-    root = torch.linalg.cholesky(case.covariance) * preservation**0.5
-    stacked = torch.cat([root, remembered, case.keys], dim=1)
-    wanted = torch.cat([torch.zeros(d, p + remembered.shape[1], dtype=torch.float64), case.residual], dim=1)
-    expected = torch.linalg.lstsq(stacked.T, wanted.T, driver="gelsd").solution.T
-    torch.testing.assert_close(delta, expected, rtol=1e-7, atol=1e-9)
-
 
 def test_little_preservation_reaches_the_targets_and_much_leaves_the_weight() -> None:
     case = random_case(n=10)

@@ -420,9 +420,6 @@ def test_block_outputs_are_read_at_the_subject_of_the_bare_prompt(tiny) -> None:
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ValueOptimizer(**settings)
-
-
-@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
-def test_a_clamp_that_allows_nothing_is_refused(factor: float) -> None:
-    with pytest.raises(ValueError, match="clamp factor must be positive"):
-        NormClamp(factor)
+    for factor in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="clamp factor must be positive"):
+            NormClamp(factor)

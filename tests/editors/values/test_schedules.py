@@ -90,13 +90,10 @@ def test_nets_and_schedules_refuse_bad_settings(settings: dict[str, Any], messag
             made(**settings)
 
 
-@pytest.mark.parametrize("percentile", [-1.0, 100.0, float("nan")])
-def test_a_percentile_that_keeps_nothing_is_refused(percentile: float) -> None:
-    with pytest.raises(ValueError, match="at least 0 and below 100"):
-        EAC(percentile)
-
-
-def test_constraints_that_rescale_are_refused() -> None:
+def test_what_keeps_nothing_or_rescales_everything_is_refused() -> None:
+    for percentile in (-1.0, 100.0, float("nan")):
+        with pytest.raises(ValueError, match="at least 0 and below 100"):
+            EAC(percentile)
     with pytest.raises(ValueError, match="NormMatched rescales all of them"):
         ValueOptimizer(constraint=NormMatched(), schedule=EAC())
 
