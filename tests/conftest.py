@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.models import FAMILIES, REPOSITORY, tiny_model
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +24,12 @@ def _ctrl_c_is_heard() -> None:
     """Shells start background jobs with Ctrl-C ignored; those of the tests that press it mean a terminal."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Matrices this small only lose time to threads, a lot of it on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=FAMILIES)

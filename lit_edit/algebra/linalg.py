@@ -21,11 +21,6 @@ class NotPositiveDefiniteError(ValueError):
     """A matrix that has to be positive definite is not, to the accuracy of float64."""
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count and cannot be changed by mistake."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _double_matrix(x: Tensor, name: str) -> Tensor:
     if x.ndim != 2:
         raise ValueError(f"{name} must be a matrix, got shape {tuple(x.shape)}.")

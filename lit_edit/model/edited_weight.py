@@ -72,7 +72,8 @@ class EditedWeight:
         edits: Requests written here so far.
         pending: Requests of the batch being written that go here.
         rank: Bound on the rank of ``W − W_0``, rounding aside.
-        kept: What a solver keeps for this layer from edit to edit, by a name of its own.
+        kept: What a solver keeps for this layer from edit to edit, by a name of its own. Mappings of names to tensors
+            go into checkpoints; a field ``version`` says which weight they belong to.
     """
 
     def __init__(self, stored: Tensor, name: str = "weight", layer: int = 0, transposed: bool = False) -> None:
@@ -102,18 +103,21 @@ class EditedWeight:
         Raises:
             ValueError: If the weight was changed by other means than an edit.
         """
+        stored = self.stored
+        return stored.T if self._transposed else stored
+
+    @property
+    def stored(self) -> Tensor:
+        """The same, oriented as the model stores it."""
+        self._check_unchanged()
+        return self._stored.detach()
+
+    def _check_unchanged(self) -> None:
         if _changes_of(self._stored) != self._counted:
             raise ValueError(
                 f"The weight {self.name!r} was changed by other means than an edit, so that what is known of it "
                 "no longer holds. Open a new session on the model as it is."
             )
-        stored = self._stored.detach()
-        return stored.T if self._transposed else stored
-
-    @property
-    def stored(self) -> Tensor:
-        """The parameter, detached, oriented as the model stores it."""
-        return self._stored.detach()
 
     @property
     def exact(self) -> ExactWeight:
@@ -129,7 +133,7 @@ class EditedWeight:
     @property
     def original_stored(self) -> Tensor:
         """The same, oriented as the model stores it."""
-        return self._stored.detach() if self._original is None else self._original
+        return self.stored if self._original is None else self._original
 
     @property
     def edited(self) -> bool:
@@ -213,7 +217,10 @@ class EditedWeight:
         if can_have_remainder(weight.dtype):
             remainder = no_remainder(weight) if remainder is None else remainder.clone()
         original = self._stored.detach().to("cpu", copy=True) if self._original is None else self._original
-        change, rounding = update.apply_(weight, remainder)
+        try:
+            change, rounding = update.apply_(weight, remainder)
+        finally:  # an update that fails puts back what it has written, which counts as a change, too
+            self._counted = _changes_of(self._stored)
         self._remainder, self._original = remainder, original
         self._after_write()
         return Written(self.layer, update, change, rounding)
@@ -222,7 +229,7 @@ class EditedWeight:
         """Puts other content in place of the weight, oriented as the model stores it, and forgets the remainder."""
         self._keep_former()
         if self._original is None:
-            self._original = self._stored.detach().to("cpu", copy=True)
+            self._original = self.stored.to("cpu", copy=True)
         with torch.no_grad():
             self._stored.copy_(stored)
         self._remainder = None
@@ -304,6 +311,7 @@ class EditedWeight:
         return (*counts, self.keys, self.targets, self.owners, dict(self.kept))
 
     def _begin(self) -> None:
+        self._check_unchanged()
         self._open, self._before = True, _Before(None, None, None, self._state())
 
     @torch.no_grad()
@@ -328,15 +336,19 @@ class EditedWeight:
         """All that later edits depend on, but for statistics and the original, as tensors on the CPU.
 
         Tensors that solvers keep are part of it: computed anew they would differ in their last bits.
+
+        Raises:
+            ValueError: If the weight was changed by other means than an edit.
         """
+        stored = self.stored
         counts = torch.tensor([self.edits, self.rank, self.forgotten])
         state = {"counts": counts, "keys": self.keys, "targets": self.targets, "owners": torch.tensor(self.owners)}
         if self.edited:
-            state["stored"] = self._stored.detach()
+            state["stored"] = stored
         if self._remainder is not None:
             state["remainder"] = self._remainder
         for name, value in self.kept.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and int(value.get("version", self.version)) == self.version:
                 state |= {f"{_KEPT}{name}.{field}": tensor for field, tensor in value.items()}
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
@@ -360,6 +372,9 @@ class EditedWeight:
             if name.startswith(_KEPT):
                 owner, field = name.removeprefix(_KEPT).rsplit(".", 1)
                 by_name.setdefault(owner, {})[field] = tensor.to(self.device)
+        for kept in by_name.values():
+            if "version" in kept:  # the same content has another number here
+                kept["version"] = torch.tensor(self.version)
         self.kept = dict(by_name)
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
@@ -371,16 +386,24 @@ class EditedWeight:
             if name not in state or tuple(state[name].shape) != shape:
                 found = tuple(state[name].shape) if name in state else "nothing"
                 raise ValueError(f"The state of layer {self.name!r} has {found} for {name}, not {shape}.")
+        for name, tensor in state.items():
+            if name not in (*wanted, "stored", "remainder") and not name.startswith(_KEPT):
+                raise ValueError(f"The state of layer {self.name!r} has {name}, which belongs to no layer.")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"The state of layer {self.name!r} holds values of {name} that are not finite.")
         stored = state.get("stored")
         if stored is not None and (stored.shape != self._stored.shape or stored.dtype != self._stored.dtype):
             raise ValueError(
                 f"The state holds {self.name!r} as {stored.dtype} of shape {tuple(stored.shape)}, the model has it as "
                 f"{self._stored.dtype} of shape {tuple(self._stored.shape)}."
             )
-        if stored is not None and not torch.isfinite(stored).all():
-            raise ValueError(f"The state holds values of {self.name!r} that are not finite.")
         remainder = state.get("remainder")
-        if remainder is not None and (stored is None or tuple(remainder.shape) != (d, p)):
+        if remainder is not None and not (
+            stored is not None
+            and can_have_remainder(stored.dtype)
+            and tuple(remainder.shape) == (d, p)
+            and remainder.dtype == no_remainder(stored[:0]).dtype
+        ):
             raise ValueError(f"The state's remainder of layer {self.name!r} does not belong to its weight.")
 
 
@@ -389,10 +412,13 @@ def all_or_nothing(sites: Sequence[EditedWeight]) -> Iterator[None]:
     """Gives weights, memories and all that is kept their former content, bit by bit, where the block ends in an error.
 
     Not to be nested.
+
+    Raises:
+        ValueError: If a weight was changed by other means than an edit.
     """
-    for site in sites:
-        site._begin()
     try:
+        for site in sites:
+            site._begin()
         yield
     except BaseException:  # an interrupt by the keyboard, too
         for site in sites:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.sites import normal, orthogonal
 from torch import Tensor
 
 from lit_edit.algebra.krylov import Preserved, ThinSolution, procrustes_near_identity
 from lit_edit.algebra.linalg import procrustes
 
 
-def problem(d: int, n: int, m: int, condition: float, seed: int = 0) -> tuple[Preserved, Tensor, Tensor]:
+def problem(d: int, n: int, m: int, condition: float) -> tuple[Preserved, Tensor, Tensor]:
     """S with a spectrum spread evenly in the logarithm and m columns on top; n pairs of equal length."""
-    g = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q
+    q = orthogonal(d, d)
     values = torch.logspace(0, float(torch.log10(torch.tensor(condition))), d, dtype=torch.float64) / condition
     root = q * values.sqrt()
-    memory = root @ torch.randn(d, m, generator=g, dtype=torch.float64)
-    right = root @ torch.randn(d, n, generator=g, dtype=torch.float64)
-    left = torch.randn(d, n, generator=g, dtype=torch.float64)
+    memory = root @ normal(d, m, seed=1)
+    right = root @ normal(d, n, seed=2)
+    left = normal(d, n, seed=3)
     left = left / left.norm(dim=0) * right.norm(dim=0)
     preserved = Preserved.of((q * values) @ q.T)
     return (preserved.with_columns(memory) if m else preserved), left, right

@@ -125,6 +125,30 @@ def target_log_probabilities(model: Any, ids: Sequence[int], start: int) -> Tens
     return torch.stack([log_p[t - 1, ids[t]] for t in range(start, len(ids))])
 
 
+def bare_loss(
+    workspace: Workspace, site: str, layer: int, request: EditRequest
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """v0 of a request under the bare prompt alone, and the target's loss for a change δ (d,) of it."""
+    model, (ids, start, last) = workspace.model, tokens(workspace.tokenizer, "", request)
+    if site == "block":
+        v0, module = reference_block(workspace, request, layer), block_of(model, layer)
+    else:
+        v0 = matrix_of(model, layer) @ reference_keys(workspace, request, layer)[0]
+        module = projection_of(model, layer)
+
+    def loss(delta: Tensor) -> Tensor:
+        def add(_: Tensor, output: Tensor) -> Tensor:
+            output = output.clone()
+            output[0, last] = output[0, last] + delta
+            return output
+
+        with hooked([(module, add)]):
+            log_p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        return -torch.stack([log_p[t - 1, ids[t]] for t in range(start, len(ids))]).mean()
+
+    return v0, loss
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and buffer."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -100,7 +100,7 @@ class OEditPlus(Restraint):
             d, r, q = past.shape[0], past.shape[1], implicit.shape[1]
             raise ValueError(
                 f"O-Edit+ finds no room for another edit in layer {site.name!r}: of {d} output directions "
-                f" {r} are taken by the edits so far and {q} by the gradient, and the whole update lies in "
+                f"{r} are taken by the edits so far and {q} by the gradient, and the whole update lies in "
                 f"them. Lower gradient_share ({self.implicit.share:g}), set max_directions, or write fewer edits."
             )
         return restrained

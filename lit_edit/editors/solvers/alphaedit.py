@@ -82,7 +82,7 @@ class AlphaEdit(Solver):
         known, chosen_by = site.kept.get(_NAME), (self.threshold, self.energy, self.ridge)
         covariance = self.covariance(site)
         if isinstance(known, PreservedNullSpace) and known.chosen_by == chosen_by:
-            if known.fits(site):
+            if known.fits(site, self.remembered(site)):
                 return known
             projector = known.projector
         else:

@@ -90,11 +90,13 @@ class Solver(ABC):
             ValueError: If the covariance is missing.
             NotPositiveDefiniteError: If it is singular.
         """
-        covariance, name = self.covariance(site), f"{type(self).__name__}.gram"
+        covariance, remembered, name = self.covariance(site), self.remembered(site), f"{type(self).__name__}.gram"
         known = site.kept.get(name)
-        if not isinstance(known, PreservedGram) or known.preservation != preservation or not known.fits(site):
+        if not (
+            isinstance(known, PreservedGram) and known.preservation == preservation and known.fits(site, remembered)
+        ):
             known = PreservedGram.of(covariance, preservation, site)
-        known = site.kept[name] = known.with_all(self.remembered(site), site)
+        known = site.kept[name] = known.with_all(remembered, site)
         return known
 
     def whitened_keys(self, site: EditedWeight, keys: Tensor, preservation: float) -> Tensor:

@@ -81,7 +81,8 @@ class MOSE(Solver):
 
     def _fits(self, kept: Mapping[str, Tensor], site: EditedWeight) -> bool:
         same_keys = not int(kept["known"]) or (self.use_memory and int(kept["forgotten"]) == site.forgotten)
-        return same_keys and float(kept["preservation"]) == self.preservation
+        same_weight = int(kept["version"]) == site.version
+        return same_keys and same_weight and float(kept["preservation"]) == self.preservation
 
     def written(self, site: EditedWeight, update: Update) -> None:
         """Turns the eigenvectors along with the weight."""
@@ -90,7 +91,7 @@ class MOSE(Solver):
             return
         if isinstance(update, Rotation) and update.basis is not None:
             turned = _preserved(kept).turned(update.basis, update.turn)
-            site.kept[_NAME] = {**kept, "vectors": turned.vectors}
+            site.kept[_NAME] = {**kept, "vectors": turned.vectors, "version": torch.tensor(site.version)}
         else:
             del site.kept[_NAME]
 
@@ -117,6 +118,7 @@ def _record(preserved: Preserved, remembered: Tensor, site: EditedWeight, preser
         "factor": preserved.factor,
         "known": torch.tensor(remembered.shape[1]),
         "forgotten": torch.tensor(site.forgotten),
+        "version": torch.tensor(site.version),
         "preservation": torch.tensor(preservation, dtype=torch.float64),
     }
 

@@ -95,11 +95,11 @@ class MOSEKey(Solver):
 
     def _preserved(self, site: EditedWeight) -> Preserved:
         """``λ C + M Mᵀ`` by its eigenvectors, grown key by key."""
-        kept = site.kept.get(_NAME)
-        if not isinstance(kept, _Eigenvectors) or not kept.fits(site, self.preservation):
+        kept, remembered = site.kept.get(_NAME), self.remembered(site)
+        if not isinstance(kept, _Eigenvectors) or not kept.fits(site, self.preservation, remembered):
             base = Preserved.of(self.preservation * self.covariance(site).to(site.device, torch.float64))
             kept = _Eigenvectors(self.preservation, base, 0, site.forgotten)
-        kept = site.kept[_NAME] = kept.with_all(self.remembered(site), site)
+        kept = site.kept[_NAME] = kept.with_all(remembered, site)
         return kept.preserved
 
     def _matched(self, site: EditedWeight, keys: Tensor, targets: Tensor) -> Tensor:
@@ -131,8 +131,9 @@ class _Eigenvectors:
     known: int
     forgotten: int
 
-    def fits(self, site: EditedWeight, preservation: float) -> bool:
-        return self.preservation == preservation and (not self.known or self.forgotten == site.forgotten)
+    def fits(self, site: EditedWeight, preservation: float, remembered: Tensor) -> bool:
+        same_keys = self.known <= remembered.shape[1] and self.forgotten == site.forgotten
+        return self.preservation == preservation and (not self.known or same_keys)
 
     def with_all(self, remembered: Tensor, site: EditedWeight) -> _Eigenvectors:
         # One by one, so that the result does not depend, to the last bit, on how many came at once: a run that goes on

@@ -47,9 +47,9 @@ class Grown(ABC):
     def folded(self) -> Self:
         """With the fresh keys in ``B``."""
 
-    def fits(self, site: EditedWeight) -> bool:
-        """Whether the layer's remembered keys only grew since."""
-        return not self.known or self.forgotten == site.forgotten
+    def fits(self, site: EditedWeight, remembered: Tensor) -> bool:
+        """Whether the layer's remembered keys ``(p, m)``, as many as the solver counts, only grew since."""
+        return not self.known or (self.known <= remembered.shape[1] and self.forgotten == site.forgotten)
 
     def with_all(self, remembered: Tensor, site: EditedWeight) -> Self:
         """With the keys that have come since, of all remembered ones ``(p, m)``."""

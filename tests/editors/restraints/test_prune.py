@@ -1,34 +1,31 @@
 import math
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from helpers.sites import normal, orthogonal, site_of
 from torch import Tensor
 
-from lit_edit.algebra.linalg import svd_of_rank
-from lit_edit.editors.restraints import PRUNE, Ground
+from lit_edit.editors.restraints import PRUNE
+from lit_edit.model.edited_weight import EditedWeight
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def ground(d: int = 16, p: int = 48, seed: int = 0, size: float = 5.0, edits: int = 100, batch: int = 0) -> Ground:
+def layer(d: int = 16, p: int = 48, seed: int = 0, scale: float = 1.0) -> EditedWeight:
     """A weight that lies off its original by a few large and many small singular values."""
-    original = normal(d, p, seed=seed)
-    values = torch.linspace(size, 0.01, min(d, p), dtype=torch.float64) ** 2
-    u = torch.linalg.qr(normal(d, d, seed=seed + 1)).Q[:, : len(values)]
-    v = torch.linalg.qr(normal(p, p, seed=seed + 2)).Q[:, : len(values)]
-    return Ground(original + (u * values) @ v.T, original, edits=edits, batch=batch, layer="h.3")
+    original, n = scale * normal(d, p, seed=seed), min(d, p)
+    values = torch.linspace(5.0, 0.01, n, dtype=torch.float64) ** 2
+    total = (orthogonal(d, n, seed=seed + 1) * values) @ orthogonal(p, n, seed=seed + 2).T
+    site = site_of(original + total, original=original)
+    site.count(100)
+    return site
 
 
-def pruned(prune: PRUNE, here: Ground) -> Tensor:
-    """The weight after `total` at the end of a run."""
-    update = prune.total(here, last=True)
-    weight = here.weight.clone()
+def pruned(prune: PRUNE, site: EditedWeight) -> Tensor:
+    """The sum of all updates at the end of a run."""
+    update = prune.finish(site)
     if update is not None:
-        update.apply_(weight)
-    return weight
+        site.write(update)
+    return site.weight - site.original
 
 
 def restrained(sigma: float, largest: float, form: str, alpha: float, beta: float) -> float:
@@ -40,20 +37,18 @@ def restrained(sigma: float, largest: float, form: str, alpha: float, beta: floa
     return sigma / beta + (beta - 1) / beta * largest
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("d", "p"), [(12, 24), (16, 48), (24, 24), (30, 20)])
 @pytest.mark.parametrize(
     ("form", "alpha", "beta"), [("log", 1.2, 2.0), ("log", math.e, 2.0), ("linear", 1.2, 2.0), ("linear", 9.0, 5.0)]
 )
 def test_large_singular_values_of_the_sum_are_cut_and_nothing_else(
-    d: int, p: int, form: str, alpha: float, beta: float, seed: int
+    d: int, p: int, form: Any, alpha: float, beta: float, seed: int
 ) -> None:
-    here = ground(d, p, seed)
-    before = here.weight.clone()
-    found = pruned(PRUNE(alpha, form, beta), here) - here.original  # type: ignore[arg-type]
-    torch.testing.assert_close(here.weight, before, rtol=0, atol=0)
+    site = layer(d, p, seed)
+    total, largest = site.weight - site.original, float(torch.linalg.svdvals(site.original)[0])
+    found = pruned(PRUNE(alpha, form, beta), site)
     # Plain reference: all singular values, one by one, with the vectors of ΔW's two Gram matrices.
-    total, largest = here.weight - here.original, float(torch.linalg.svdvals(here.original)[0])
     values, right = torch.linalg.eigh(total.T @ total if p <= d else total @ total.T)
     expected = torch.zeros_like(total)
     for value, vector in zip(values.clamp(min=0).sqrt().tolist(), right.T, strict=True):
@@ -65,36 +60,14 @@ def test_large_singular_values_of_the_sum_are_cut_and_nothing_else(
 
 
 @pytest.mark.parametrize("form", ["log", "linear"])
-def test_the_pruned_sum_takes_the_place_of_the_sum(form: str) -> None:
-    # Not on top of the edited weight: W_n + ΔW' would keep the unpruned edits.
-    here = ground()
-    total = here.weight - here.original
-    after = pruned(PRUNE(1.5, form), here)  # type: ignore[arg-type]
-    largest = float(torch.linalg.svdvals(here.original)[0])
-    values = torch.linalg.svdvals(total)
-    expected = [restrained(v, largest, form, 1.5, 2.0) for v in values.tolist()]
-    torch.testing.assert_close(
-        torch.linalg.svdvals(after - here.original), torch.tensor(sorted(expected, reverse=True), dtype=torch.float64)
-    )
-    wrong = torch.linalg.svdvals(after - here.original + total)
-    assert float(wrong[0]) > 1.5 * expected[0]
+def test_layers_that_need_no_restraint_are_left_alone(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PRUNE(form=form).finish(layer(scale=1000)) is None
 
-
-def test_a_large_original_leaves_everything_as_it_is() -> None:
-    here = ground()
-    big = replace(here, original=1000 * here.original, weight=1000 * here.original + (here.weight - here.original))
-    for form in ("log", "linear"):
-        assert PRUNE(form=form).total(big, last=True) is None
-
-
-def test_a_layer_without_edits_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object, **__: object) -> None:
+    def never(*_: object) -> None:
         raise AssertionError
 
-    here = ground()
-    monkeypatch.setattr(torch.linalg, "svd", never)
-    monkeypatch.setattr(torch.linalg, "matrix_norm", never)
-    assert PRUNE().total(replace(here, weight=here.original.clone()), last=True) is None
+    monkeypatch.setattr("lit_edit.editors.restraints.prune.singular_values", never)
+    assert PRUNE(form=form).finish(site_of(normal(16, 48))) is None
 
 
 @pytest.mark.parametrize("largest", [2.0, 7.0, 40.0])
@@ -108,100 +81,53 @@ def test_it_is_continuous_and_rises_and_never_enlarges(prune: PRUNE, largest: fl
     assert (found <= sigma + 1e-12).all()
     torch.testing.assert_close(found[sigma <= largest], sigma[sigma <= largest], rtol=0, atol=0)
     nearby = torch.tensor([largest * (1 + 1e-9)], dtype=torch.float64)
-    assert float(prune.restrained(nearby, torch.tensor(largest, dtype=torch.float64))) == pytest.approx(
-        largest, rel=1e-8
-    )
+    near = float(prune.restrained(nearby, torch.tensor(largest, dtype=torch.float64)))
+    assert near == pytest.approx(largest, rel=1e-8)
     assert float(found[-1]) < 0.9 * float(sigma[-1])
 
 
-@pytest.mark.parametrize(("alpha", "largest"), [(1.2, 5.5), (1.2, 7.0), (1.5, 2.5), (math.e, 1.0), (math.e, 7.0)])
+@pytest.mark.parametrize("alpha", [1.2, 1.5, math.e])
+@pytest.mark.parametrize("largest", [1.0, 2.5, 5.5, 7.0])
 def test_the_logarithm_is_equation_5_wherever_that_restrains(alpha: float, largest: float) -> None:
-    assert largest * math.log(alpha) >= 1  # its slope at σ_max is 1 / (σ_max ln α)
     sigma = torch.linspace(0.1, 50, 300, dtype=torch.float64)
     found = PRUNE(alpha).restrained(sigma, torch.tensor(largest, dtype=torch.float64))
     expected = [restrained(s, largest, "log", alpha, 2.0) for s in sigma.tolist()]
+    enlarged = any(e > s for e, s in zip(expected, sigma.tolist(), strict=True))
+    assert enlarged == (largest * math.log(alpha) < 1)  # its slope at σ_max is 1 / (σ_max ln α)
+    expected = [min(e, s) for e, s in zip(expected, sigma.tolist(), strict=True)]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
-def test_where_equation_5_would_enlarge_nothing_changes() -> None:
-    sigma, largest = 2.5, 2.0
-    assert restrained(sigma, largest, "log", 1.2, 2.0) > sigma
-    one = torch.tensor([sigma], dtype=torch.float64)
-    assert float(PRUNE(1.2).restrained(one, torch.tensor(largest, dtype=torch.float64))) == sigma
-
-
 @pytest.mark.parametrize(
-    ("told", "rank"),
+    ("every_n", "before", "after", "due"),
     [
-        ({"edits_here": 3, "batch_here": 2, "edits": 40, "batch": 9}, 5),
-        ({"edits_here": 3, "batch_here": 2, "rank_here": 11}, 11),
-        ({"edits": 40, "batch": 9}, 0),
+        (None, 99, 100, False),
+        (50, 49, 50, True),
+        (50, 50, 51, False),
+        (50, 48, 49, False),
+        (50, 45, 55, True),  # crossed within the batch
+        (50, 40, 50, True),
+        (50, 50, 60, False),
+        (50, 0, 120, True),
+        (1, 7, 8, True),
     ],
 )
-def test_the_rank_tried_first_counts_the_layer_alone(
-    told: dict[str, int], rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[int] = []
-
-    def recorded(matrix: Tensor, rank: int, negligible: float) -> tuple[Tensor, Tensor, Tensor]:
-        tried.append(rank)
-        return svd_of_rank(matrix, rank, negligible)
-
-    monkeypatch.setattr("lit_edit.editors.restraints.prune.svd_of_rank", recorded)
-    here = ground()
-    update = PRUNE(1.5).total(replace(here, **(told | {"batch": 0})), last=True)
-    assert tried == [rank]
-    plain = PRUNE(1.5).total(here, last=True)
-    assert update is not None
-    assert plain is not None
-    torch.testing.assert_close(update.delta(here.weight), plain.delta(here.weight), rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("every_n", "edits", "batch", "last", "due"),
-    [
-        (None, 100, 1, False, False),
-        (None, 100, 0, True, True),
-        (None, 101, 0, True, True),
-        (50, 49, 1, False, True),
-        (50, 50, 1, False, False),
-        (50, 48, 1, False, False),
-        (50, 45, 10, False, True),  # crossed within the batch
-        (50, 40, 10, False, True),
-        (50, 50, 10, False, False),
-        (50, 0, 120, False, True),
-        (1, 7, 1, False, True),
-        (50, 100, 0, True, False),
-        (50, 120, 0, True, False),
-    ],
-)
-def test_when_it_is_due(every_n: int | None, edits: int, batch: int, last: bool, due: bool) -> None:
-    update = PRUNE(1.5, every_n=every_n).total(ground(edits=edits, batch=batch), last=last)
-    assert (update is not None) == due
-
-
-def test_it_leaves_the_single_update_alone_and_says_what_it_needs() -> None:
-    here = ground()
-    update = PRUNE(1.5).total(here, last=True)
-    assert update is not None
-    assert PRUNE().restrain(update, here) is update
-    assert PRUNE.needs_original
-    assert not PRUNE.needs_gradient
-    with pytest.raises(ValueError, match=r"needs the weight of layer 'h.3' as it was before the first edit"):
-        PRUNE().total(replace(here, original=None), last=True)
+def test_it_is_due_along_a_run_or_at_its_end(every_n: int | None, before: int, after: int, due: bool) -> None:
+    prune, site = PRUNE(1.5, every_n=every_n), layer()
+    assert (prune.total(site, before, after) is not None) == due
+    assert (prune.finish(site) is not None) == (every_n is None)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"alpha": 1.0}, "alpha must be above 1 and finite, got 1.0"),
-        ({"alpha": 0.5}, "alpha must be above 1"),
         ({"alpha": float("nan")}, "alpha must be above 1"),
         ({"form": "linear", "beta": 1.0}, "beta must be above 1"),
         ({"form": "square"}, "'log' or 'linear', not 'square'"),
         ({"every_n": 0}, "1 or more, not 0"),
     ],
 )
-def test_bad_settings_are_refused(settings, message: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PRUNE(**settings)

@@ -8,17 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import tiny_model
-from helpers.references import (
-    block_of,
-    hooked,
-    make_workspace,
-    matrix_of,
-    projection_of,
-    reference_block,
-    reference_keys,
-    requests,
-    tokens,
-)
+from helpers.references import bare_loss, make_workspace, matrix_of, reference_keys, requests
+from helpers.sites import normal
 from torch import Tensor
 
 from lit_edit.editors.keys import MeanKey
@@ -37,10 +28,6 @@ from lit_edit.model.workspace import Workspace
 PROBLEMS = [ValueProblem(0, (1,)), ValueProblem(1, (0, 1)), ValueProblem(3, (3,)), ValueProblem(2, (1, 2))]
 each_site = pytest.mark.parametrize("site", ["mlp", "block"])
 each_family = pytest.mark.parametrize("family", ["gpt2", "llama"])
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def optimizer(site: Any, schedule: EAC | None, **settings: Any) -> ValueOptimizer:
@@ -68,7 +55,7 @@ def assert_same(one: Values, other: Values, atol: float = 0.0) -> None:
 
 
 def test_the_net_is_its_formula_and_so_is_its_slope() -> None:
-    z, score = random(3, 5).requires_grad_(True), random(3, 5, seed=1).abs()
+    z, score = normal(3, 5).requires_grad_(True), normal(3, 5, seed=1).abs()
     found = ElasticNet(0.3, 0.7, 0.01)(z, score)
     expected = [
         sum(0.3 * abs(x) / (s + 0.01) + 0.7 * x**2 for x, s in zip(row, weights, strict=True))
@@ -103,20 +90,17 @@ def test_nets_and_schedules_refuse_bad_settings(settings: dict[str, Any], messag
             made(**settings)
 
 
-@pytest.mark.parametrize("percentile", [-1.0, 100.0, float("nan")])
-def test_a_percentile_that_keeps_nothing_is_refused(percentile: float) -> None:
-    with pytest.raises(ValueError, match="at least 0 and below 100"):
-        EAC(percentile)
-
-
-def test_constraints_that_rescale_are_refused() -> None:
+def test_what_keeps_nothing_or_rescales_everything_is_refused() -> None:
+    for percentile in (-1.0, 100.0, float("nan")):
+        with pytest.raises(ValueError, match="at least 0 and below 100"):
+            EAC(percentile)
     with pytest.raises(ValueError, match="NormMatched rescales all of them"):
         ValueOptimizer(constraint=NormMatched(), schedule=EAC())
 
 
 @pytest.mark.parametrize(("size", "percentile"), [(320, 95.0), (320, 80.0), (1601, 80.0), (7, 50.0), (1, 99.0)])
 def test_anchors_are_the_scores_from_the_percentile_up(size: int, percentile: float) -> None:
-    score = random(4, size).abs()
+    score = normal(4, size).abs()
     found = anchors(score, percentile)
     bound = score.quantile(percentile / 100, dim=-1, keepdim=True)
     assert torch.equal(found.bool(), score >= bound - 1e-12)
@@ -128,26 +112,9 @@ def test_anchors_are_the_scores_from_the_percentile_up(size: int, percentile: fl
 # The two stages
 
 
-def reference(workspace: Workspace, site: str, layer: int, schedule: EAC, steps: int) -> tuple[Tensor, Tensor, float]:
-    """(v0, v*, loss) of one request in one layer under the bare prompt, by two plain loops."""
-    model, request = workspace.model, requests()[1]
-    ids, start, last = tokens(workspace.tokenizer, "", request)
-    if site == "block":
-        v0, module = reference_block(workspace, request, layer), block_of(model, layer)
-    else:
-        v0 = matrix_of(model, layer) @ reference_keys(workspace, request, layer)[0]
-        module = projection_of(model, layer)
-
-    def nll(delta: Tensor) -> Tensor:
-        def add(_: Tensor, output: Tensor) -> Tensor:
-            output = output.clone()
-            output[0, last] = output[0, last] + delta
-            return output
-
-        with hooked([(module, add)]):
-            log_p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        return -torch.stack([log_p[t - 1, ids[t]] for t in range(start, len(ids))]).mean()
-
+def reference(workspace: Workspace, site: str, schedule: EAC, steps: int) -> tuple[Tensor, Tensor, float]:
+    """(v0, v*, loss) of one request in layer 1 under the bare prompt, by two plain loops."""
+    v0, nll = bare_loss(workspace, site, 1, requests()[1])
     delta, slopes = torch.zeros(len(v0), dtype=torch.float64, requires_grad=True), []
     adam = torch.optim.Adam([delta], lr=0.1)
     for _ in range(steps // 2):
@@ -188,7 +155,7 @@ def reference(workspace: Workspace, site: str, layer: int, schedule: EAC, steps:
 def test_values_are_those_of_two_plain_loops(family: str, site: str, schedule: EAC) -> None:
     workspace = make_workspace(tiny_model(family))
     workspace.contexts = ["{}"]
-    v0, expected, loss = reference(workspace, site, 1, schedule, 9)
+    v0, expected, loss = reference(workspace, site, schedule, 9)
     values = optimizer(site, schedule, steps=9, kl_factor=0.0, weight_decay=0.0, constraint=NormClamp(100.0))
     found = optimise(workspace, values, [ValueProblem(1, (1,))])
     assert found.steps == [9]
@@ -224,12 +191,11 @@ def test_a_batch_is_solved_as_each_problem_on_its_own(family: str, site: str) ->
         torch.testing.assert_close(alone.targets[0], together.targets[i], rtol=0, atol=1e-5)
 
 
-@each_site
-def test_settings_that_mean_the_same_do_the_same(site: str) -> None:
+def test_settings_that_mean_the_same_do_the_same() -> None:
     workspace = make_workspace(tiny_model("llama"))
 
     def found(schedule: EAC) -> Values:
-        return optimise(workspace, optimizer(site, schedule))
+        return optimise(workspace, optimizer("mlp", schedule), PROBLEMS[:2])
 
     assert_same(found(EAC(0.0, 1e-6, 1e-3)), found(EAC(90.0, 1e-6, 1e-3, saliency=False)))
     assert_same(found(EAC(70.0, 0.0, 0.0)), found(EAC(70.0, elastic_net=False)))
@@ -263,19 +229,13 @@ def test_a_problem_that_stops_early_is_compressed_all_the_same() -> None:
             assert plain.steps[p] <= found.steps[p] <= plain.steps[p] + 20
 
 
-def test_a_problem_that_is_done_at_once_keeps_the_present_output() -> None:
-    workspace = make_workspace(tiny_model("gpt2"))
-    found = optimise(workspace, optimizer("mlp", EAC(80.0), stop_loss=1e9))
-    assert found.steps == [0] * len(PROBLEMS)
-    assert not any(change.any() for change in changes(workspace, "mlp", found))
-
-
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 2])
 def test_the_fewest_steps_still_make_two_stages(steps: int) -> None:
     workspace = make_workspace(tiny_model("gpt2"))
-    found = optimise(workspace, optimizer("mlp", EAC(80.0), steps=steps))
+    settings = {"steps": steps} if steps else {"stop_loss": 1e9}  # done at once: the present output is kept
+    found = optimise(workspace, optimizer("mlp", EAC(80.0), **settings))
     assert found.steps == [steps] * len(PROBLEMS)
-    assert [int((c != 0).sum()) for c in changes(workspace, "mlp", found)] == [7] * 6
+    assert [int((c != 0).sum()) for c in changes(workspace, "mlp", found)] == [7 if steps else 0] * 6
 
 
 def test_relative_learning_rates_do_not_change_what_a_score_is() -> None:
