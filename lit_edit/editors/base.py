@@ -16,6 +16,7 @@ from lit_edit.evaluation.evaluate import Outcome, Reference, evaluate
 from lit_edit.model.edited_weight import EditedWeight, Written, all_or_nothing
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
+from lit_edit.settings import Configured
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Plan:
         return dict(sorted(counts.items()))
 
 
-class Editor(ABC):
+class Editor(Configured, ABC):
     """Turns a batch of requests into weight updates.
 
     `plan` is the gradient half (run by ``training_step``), `apply` the closed-form half (``on_train_batch_end``). An
@@ -87,7 +88,7 @@ class Editor(ABC):
         """(number, length in tokens) of generated context prefixes; (0, 0) for none."""
         return (0, 0)
 
-    def refresh(self, workspace: Workspace) -> None:  # noqa: B027 - most editors remember no keys
+    def refresh(self, workspace: Workspace) -> None:
         """Computes what layers remember of past edits anew, on the model as it is."""
 
     def describe(self) -> str:

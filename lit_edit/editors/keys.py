@@ -11,12 +11,13 @@ from torch import Tensor
 from lit_edit.model.hooks import read_inputs
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
+from lit_edit.settings import Configured
 
 ROWS_AT_ONCE = 256
 """Texts in a forward pass whose inputs of a layer are kept for all their tokens."""
 
 
-class KeyAverage(ABC):
+class KeyAverage(Configured, ABC):
     """How the keys of one request, one per context, become its key."""
 
     @abstractmethod

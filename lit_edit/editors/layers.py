@@ -18,6 +18,7 @@ from lit_edit.model.edited_weight import EditedWeight
 from lit_edit.model.families import Architecture
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
+from lit_edit.settings import Configured
 
 UNMOVED = 1e-5  # scores below come from the rounding of a value that was never moved
 
@@ -31,7 +32,7 @@ class Choice:
     scores: dict[int, float]
 
 
-class LayerPolicy(ABC):
+class LayerPolicy(Configured, ABC):
     """Chooses the layers of each request of a batch."""
 
     @abstractmethod
@@ -51,7 +52,7 @@ class LayerPolicy(ABC):
         """Float64 numbers kept between edits for a layer with ``W (d, p)``; for estimates of memory."""
         return 0
 
-    def check(self, values: ValueOptimizer) -> None:  # noqa: B027 - most policies do not look at values
+    def check(self, values: ValueOptimizer) -> None:
         """Raises ValueError if layers cannot be chosen with such values; asked when an editor is put together."""
 
     @abstractmethod

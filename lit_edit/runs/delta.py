@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_edit.files import load_tensors, save_tensors
 from lit_edit.algebra.linalg import thin_svd
+from lit_edit.files import load_tensors, save_tensors
 from lit_edit.model.fingerprint import model_fingerprint
 
 FORMAT_VERSION = 2

@@ -31,8 +31,8 @@ class Edit:
         stages: the same by stage: ``layers`` (choosing them), ``values``, ``keys``, ``solve``, ``restrain``, ``write``,
             ``score`` (of ``p_target``) and ``other``.
         rounding: per layer, what the rounding to the weight's dtype took of the change, from 0 to 1 (nothing written);
-            see `lit_edit.algebra.updates.Update.apply_`. Where it is carried to the next edit, what of all edits so far is not
-            stored, beside this change.
+            see `lit_edit.algebra.updates.Update.apply_`. Where it is carried to the next edit, what of all edits so
+            far is not stored, beside this change.
     """
 
     number: int

@@ -3,13 +3,15 @@
 Columns, in the order in which they stand:
 
 * ``edits``: edits applied when this was asked; ``number``: the edit's own place among them, 0 before it was made;
-* ``case_id``, ``subject``, ``prompt``, ``expected``: the request, and the answer wanted now (the latest target of its fact);
+* ``case_id``, ``subject``, ``prompt``, ``expected``: the request, and the answer wanted now (the latest target of its
+  fact);
 * ``answer_before``, ``answer_after``, ``answer``: greedy answers of the unedited model, right after the edit, and now;
-* ``status``: ``holds``, ``forgotten`` (exact right after the edit, not now), ``never written`` (not exact even then), or
-  ``to come``; ``neighbours_broken``: locality probes that no longer get the unedited model's answer;
+* ``status``: ``holds``, ``forgotten`` (exact right after the edit, not now), ``never written`` (not exact even then),
+  or ``to come``; ``neighbours_broken``: locality probes that no longer get the unedited model's answer;
 * ``probability``, ``rank``: of the wanted answer now; ``probability_after``, ``rank_after``: right after the edit;
 * ``layers``, ``change`` (largest ``‖ΔW‖_F / ‖W‖_F`` of a layer), ``seconds``: of the edit;
-* ``questions``: the probes, each with ``kind``, ``prompt``, ``expected``, ``answer``, ``exact``, ``probability``, ``rank``.
+* ``questions``: the probes, each with ``kind``, ``prompt``, ``expected``, ``answer``, ``exact``, ``probability``,
+  ``rank``.
 
 ``pandas.read_json(path, lines=True)`` and ``datasets.load_dataset("json", data_files=path)`` open it.
 """

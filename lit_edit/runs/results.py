@@ -37,7 +37,7 @@ from lit_edit.files import write_json
 
 FILE_NAME = "results.json"
 
-#: The figures `results_table` shows, in its order; each stands for itself and for its sub-figures (``downstream/sst2``).
+# Figures of `results_table`, in its order; each stands for itself and for its sub-figures (``downstream/sst2``).
 HEADLINES = (
     "reliability",
     "generalization",

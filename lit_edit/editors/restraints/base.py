@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lit_edit.algebra.updates import Update
 from lit_edit.model.edited_weight import EditedWeight
+from lit_edit.settings import Configured
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class UpdateKind:
     dense: bool = False
 
 
-class Restraint:
+class Restraint(Configured):
     """Moderates additive updates: each of them (`restrain`), or their sum (`total`, `finish`).
 
     Attributes:

@@ -11,9 +11,10 @@ from lit_edit.algebra.linalg import NotPositiveDefiniteError, solve_spd
 from lit_edit.algebra.updates import Update
 from lit_edit.editors.solvers.preserved import PreservedGram
 from lit_edit.model.edited_weight import EditedWeight
+from lit_edit.settings import Configured
 
 
-class Solver(ABC):
+class Solver(Configured, ABC):
     """A closed form: find a change of ``W (d, p)`` under which ``K (p, n)`` give ``V (d, n)``.
 
     A solver holds settings only. What it keeps for a layer from edit to edit lies in `EditedWeight.kept`, so that one
@@ -69,10 +70,10 @@ class Solver(ABC):
     def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> Update:
         """`solve` with tensors that fit, in float64 and on the weight's device."""
 
-    def written(self, site: EditedWeight, update: Update) -> None:  # noqa: B027 - most keep nothing of the weight
+    def written(self, site: EditedWeight, update: Update) -> None:
         """Told of the solver's update once it is in the weight, to bring along what it keeps."""
 
-    def check(self, site: EditedWeight) -> None:  # noqa: B027 - most solvers take any
+    def check(self, site: EditedWeight) -> None:
         """Raises ValueError if a layer cannot be edited; asked before the first edit."""
 
     def kept_size(self, d: int, p: int) -> int:

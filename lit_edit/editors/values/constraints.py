@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from lit_edit.settings import Configured
 
-class Constraint(ABC):
+
+class Constraint(Configured, ABC):
     """The set a value may come from. ``replaces`` says whether it takes the output's place or is added to it."""
 
     replaces: bool

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lit_edit.settings import Configured
 
-class ElasticNet:
+
+class ElasticNet(Configured):
     r"""``λ Σ_i |z_i| / (score_i + ε) + μ ‖z‖²`` (EAC, Xu et al. 2025, Eq. 4 and 5).
 
     A scored net presses hardest on coordinates that matter little. Differentiable wherever the change is not zero; at

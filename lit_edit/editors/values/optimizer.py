@@ -23,6 +23,7 @@ from lit_edit.model.passes import CannotCutError, CompletePasses, New, Passes, P
 from lit_edit.model.prompts import Row
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
+from lit_edit.settings import Configured
 
 MOST_ROWS = 1024
 """Texts in a pass where nothing else is said."""
@@ -119,7 +120,7 @@ class _Round:
     changes: list[_Change]
 
 
-class ValueOptimizer:
+class ValueOptimizer(Configured):
     """Optimises v* for a batch of problems at once (ROME Eq. 4, MEMIT Eq. 16, MOSE Eq. 24).
 
     ``loss = NLL(target | contexts) + kl_factor · KL + weight_decay · ‖δ‖ / ‖v0‖²``, NLL averaged over target tokens and

@@ -13,9 +13,10 @@ from lit_edit.algebra.subspaces import cleaned
 from lit_edit.editors.restraints.o_edit import ImplicitKnowledge, written
 from lit_edit.editors.solvers import Solver
 from lit_edit.model.edited_weight import EditedWeight
+from lit_edit.settings import Configured
 
 
-class Penalty(ABC):
+class Penalty(Configured, ABC):
     """A further term of the loss.
 
     Attributes:
@@ -24,7 +25,7 @@ class Penalty(ABC):
 
     needs_gradient: bool = False
 
-    def check(self, solver: Solver) -> None:  # noqa: B027 - a penalty may suit any
+    def check(self, solver: Solver) -> None:
         """Raises ValueError for solvers with which the term has no meaning; asked when an editor is put together."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_edit.editors.values.constraints import Constraint
 from lit_edit.editors.values.elastic_net import ElasticNet
+from lit_edit.settings import Configured
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +46,10 @@ class Descent:
     steps: list[int]
 
 
-class Schedule(ABC):
+class Schedule(Configured, ABC):
     """Lays out the steps of an optimisation."""
 
-    def check(self, constraint: Constraint) -> None:  # noqa: B027 - a schedule may suit any
+    def check(self, constraint: Constraint) -> None:
         """Raises ValueError for constraints that the schedule cannot keep; asked when values are put together."""
 
     @abstractmethod
