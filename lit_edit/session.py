@@ -299,7 +299,7 @@ class EditSession:
         self.workspace.contexts = list(state["contexts"])
         self.workspace.cuts.cuttable = bool(state["cuttable"])
         self.workspace.finished_at = int(state["finished_at"])
-        self.workspace.history = list(self.journal.requests)
+        self.workspace.history = dict(enumerate(self.journal.requests, 1))
         self._mended_at = int(state["mended_at"])
 
 

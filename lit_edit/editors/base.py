@@ -13,7 +13,7 @@ import torch
 from lit_edit.algebra.updates import Update
 from lit_edit.editors.restraints import Restraint
 from lit_edit.evaluation.evaluate import Outcome, Reference, evaluate
-from lit_edit.model.edited_weight import EditedWeight, Written, all_or_nothing
+from lit_edit.model.edited_weight import EditedWeight, Written
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 from lit_edit.settings import Configured
@@ -30,7 +30,8 @@ class Plan:
         probability: Per request, of the new target with the values in place.
         steps: Per request, of the optimisation.
         data: The editor's own.
-        numbers: Numbers of edits that are written again (mending); None for new edits.
+        numbers: Per request, the number of the edit. Those already in the weights are written again, their old keys
+            replaced. None for new edits, numbered in order.
     """
 
     requests: list[EditRequest]
@@ -40,6 +41,12 @@ class Plan:
     steps: list[int]
     data: Any = field(default=None, repr=False)
     numbers: list[int] | None = None
+
+    def numbered(self, workspace: Workspace) -> dict[int, EditRequest]:
+        """The requests by number of the edit."""
+        first = workspace.last_number + 1
+        numbers = range(first, first + len(self.requests)) if self.numbers is None else self.numbers
+        return dict(zip(numbers, self.requests, strict=True))
 
     @property
     def counts(self) -> dict[int, int]:
@@ -147,6 +154,7 @@ class Editor(Configured, ABC):
                 for site in workspace.sites.values():
                     site.restore()
                 workspace.history.clear()
+                workspace.last_number = 0
 
     @abstractmethod
     def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:
@@ -174,7 +182,7 @@ class Editor(Configured, ABC):
         watch, counts = workspace.stopwatch, plan.counts
         sites = [workspace.site(layer) for layer in self.editable_layers(workspace)]
         written: list[Written] = []
-        with all_or_nothing(sites):
+        with workspace.all_or_nothing():
             for site in sites:
                 site.pending = counts.get(site.layer, 0)
             try:
@@ -192,18 +200,16 @@ class Editor(Configured, ABC):
                         after(site, update)
                     site.pending = 0
                 before = workspace.edits
-                now = before + (0 if plan.numbers is not None else len(plan.requests))
+                workspace.note(plan.numbered(workspace))
                 with watch.measure("restrain"):
                     for site in sites:
                         for restraint in self.restraints:
-                            further = restraint.total(site, before, now)
+                            further = restraint.total(site, before, workspace.edits)
                             if further is not None:
                                 written.append(site.write(further))
             finally:
                 for site in sites:
                     site.pending = 0
-        if plan.numbers is None:
-            workspace.history += plan.requests
         return written
 
     @torch.no_grad()
@@ -213,7 +219,7 @@ class Editor(Configured, ABC):
             return []
         sites = [workspace.site(layer) for layer in self.editable_layers(workspace)]
         written = []
-        with all_or_nothing(sites):
+        with workspace.all_or_nothing():
             for site in sites:
                 for restraint in self.restraints:
                     further = restraint.finish(site)

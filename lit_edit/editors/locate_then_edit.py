@@ -94,7 +94,7 @@ class LocateThenEdit(Editor):
             return
         place = {n: i for i, n in enumerate(numbers)}
         workspace.keys.clear()
-        requests = [workspace.history[n - 1] for n in numbers]
+        requests = [workspace.history[n] for n in numbers]
         found = compute_keys(workspace, requests, [site.layer for site in sites], self.keys)
         workspace.keys.clear()
         for site in sites:
@@ -203,11 +203,12 @@ class LocateThenEdit(Editor):
     def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:
         """Solves and writes layer by layer, then restrains the sum of all updates; the layers remember the keys."""
         watch, values = workspace.stopwatch, plan.data
+        numbers = list(plan.numbered(workspace))
         solved: dict[int, tuple[list[int], Tensor, Tensor]] = {}
 
         def update_of(site: EditedWeight) -> Update:
             mine = [i for i, layers in enumerate(plan.layers) if site.layer in layers]
-            site.forget(plan.numbers or [])
+            site.forget(numbers)
             if self.with_earlier:
                 site.forget([n for request in plan.requests for n in workspace.earlier(request)])
             with watch.measure("keys"):
@@ -222,7 +223,6 @@ class LocateThenEdit(Editor):
 
         def after(site: EditedWeight, update: Update) -> None:
             mine, keys, targets = solved[site.layer]
-            numbers = plan.numbers or range(workspace.edits + 1, workspace.edits + 1 + len(plan.requests))
             site.remember([numbers[i] for i in mine], keys, targets, update.rank(site.weight))
             self.solver.written(site, update)
 

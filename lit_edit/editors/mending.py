@@ -53,8 +53,8 @@ class Mending:
         Returns:
             Numbers of the edits that were written again, once for each time.
         """
-        facts = EditedFacts(workspace.history)
-        current = [n for n, request in enumerate(workspace.history, start=1) if facts.latest(request) is request]
+        facts = EditedFacts(list(workspace.history.values()))
+        current = [n for n, request in workspace.history.items() if facts.latest(request) is request]
         size = self.batch_size if editor.max_batch is None else min(self.batch_size, editor.max_batch)
         mended: list[int] = []
         for _ in range(self.rounds):
@@ -66,14 +66,14 @@ class Mending:
             for start in range(0, len(slipped), size):
                 part = slipped[start : start + size]
                 with torch.enable_grad():
-                    plan = editor.plan(workspace, [workspace.history[n - 1] for n in part])
+                    plan = editor.plan(workspace, [workspace.history[n] for n in part])
                 editor.apply(workspace, replace(plan, numbers=part))
             mended += slipped
         return mended
 
     def slipped(self, workspace: Workspace, numbers: Sequence[int]) -> list[int]:
         """Those of some edits that are not answered exactly, or not with the margin."""
-        requests = [workspace.history[n - 1] for n in numbers]
+        requests = [workspace.history[n] for n in numbers]
         rows = [workspace.prompter.row(r.prompt, r.target_new, source=r.source) for r in requests]
         if not rows:
             return []

@@ -89,7 +89,7 @@ class EditedWeight:
         self._covariance: Tensor | None = None
         self._gradient: Tensor | None = None
         self._cached: dict[str, tuple[int, Any]] = {}
-        self._open = False
+        self._depth = 0  # of blocks that give everything back where they end in an error
         self._before: _Before | None = None
         self.keys, self.targets = self._no_columns()
         self.owners: list[int] = []
@@ -246,6 +246,20 @@ class EditedWeight:
         self.forgotten += 1
         self.kept.clear()
 
+    def go_to(self, state: Mapping[str, Tensor]) -> None:
+        """Puts the weight back to an earlier point; remembered keys stay.
+
+        Args:
+            state: ``stored``, ``remainder`` and ``counts`` of `state_dict` at that point; empty for the original.
+        """
+        if self._original is not None:
+            self.replace(state.get("stored", self._original))
+            self._original = self._original if "stored" in state else None
+        remainder = state.get("remainder")
+        self._remainder = None if remainder is None else remainder.to(self.device)
+        self.edits, self.rank = (int(count) for count in state["counts"][:2]) if state else (0, 0)
+        self.kept.clear()
+
     def _after_write(self) -> None:
         self._writes += 1
         self.version = self._writes
@@ -303,7 +317,7 @@ class EditedWeight:
 
     def _keep_former(self) -> None:
         """Copies the weight before the first write of a batch."""
-        if self._open and (self._before is None or self._before.stored is None):
+        if self._depth and (self._before is None or self._before.stored is None):
             self._before = _Before(self._stored.detach().clone(), self._remainder, self._original, self._state())
 
     def _state(self) -> tuple[Any, ...]:
@@ -312,11 +326,13 @@ class EditedWeight:
 
     def _begin(self) -> None:
         self._check_unchanged()
-        self._open, self._before = True, _Before(None, None, None, self._state())
+        if not self._depth:
+            self._before = _Before(None, None, None, self._state())
+        self._depth += 1
 
     @torch.no_grad()
     def _roll_back(self) -> None:
-        if self._before is None:
+        if self._before is None or self._depth > 1:  # the outermost block gives everything back
             return
         if self._before.stored is not None:
             self._stored.copy_(self._before.stored)
@@ -328,7 +344,9 @@ class EditedWeight:
         self.keys, self.targets, self.owners, self.kept = state[4:]
 
     def _end(self) -> None:
-        self._open, self._before = False, None
+        self._depth = max(self._depth - 1, 0)
+        if not self._depth:
+            self._before = None
 
     # Checkpoints
 
@@ -411,21 +429,23 @@ class EditedWeight:
 def all_or_nothing(sites: Sequence[EditedWeight]) -> Iterator[None]:
     """Gives weights, memories and all that is kept their former content, bit by bit, where the block ends in an error.
 
-    Not to be nested.
+    Of nested blocks the outermost one does: an error that leaves an inner one has to leave it, too.
 
     Raises:
         ValueError: If a weight was changed by other means than an edit.
     """
+    begun: list[EditedWeight] = []
     try:
         for site in sites:
             site._begin()
+            begun.append(site)
         yield
     except BaseException:  # an interrupt by the keyboard, too
-        for site in sites:
+        for site in begun:
             site._roll_back()
         raise
     finally:
-        for site in sites:
+        for site in begun:
             site._end()
 
 

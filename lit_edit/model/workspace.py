@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_edit.model.edited_weight import EditedWeight
+from lit_edit.model.edited_weight import EditedWeight, all_or_nothing
 from lit_edit.model.families import Architecture, Family
 from lit_edit.model.passes import Known
 from lit_edit.model.prompts import Prompter, Row, in_context
@@ -17,6 +18,10 @@ from lit_edit.model.stopwatch import Stopwatch
 from lit_edit.requests import EditRequest, plain
 
 KL_PROMPT = "{} is a"
+
+
+class _ForNow(Exception):
+    """Ends a block whose writes are not to stay."""
 
 
 @dataclass
@@ -67,7 +72,9 @@ class Workspace:
     Attributes:
         contexts: Templates with one ``{}`` for the prompt, the bare ``{}`` first; part of an edit's definition.
         sites: The layers whose weight somebody has asked for, by index; see `site`.
-        history: Requests applied so far, oldest first; edits are numbered from 1 in this order.
+        history: Edits in the weights by their number, oldest first. Numbers count up from 1 and are never given twice;
+            edits that were refused or taken back are missing.
+        last_number: Of the latest edit, in the weights or not.
         finished_at: ``edits`` when the editor last finished a run.
         stopwatch: Seconds of an edit by stage.
         cuts: What was found out about partial passes of the model (`lit_edit.model.passes`).
@@ -80,7 +87,8 @@ class Workspace:
     prompter: Prompter
     contexts: list[str]
     sites: dict[int, EditedWeight] = field(default_factory=dict)
-    history: list[EditRequest] = field(default_factory=list)
+    history: dict[int, EditRequest] = field(default_factory=dict)
+    last_number: int = 0
     finished_at: int = 0
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     cuts: Known = field(default_factory=Known)
@@ -109,13 +117,42 @@ class Workspace:
 
     @property
     def edits(self) -> int:
-        """Number of requests applied so far."""
+        """Number of edits in the weights."""
         return len(self.history)
 
     def earlier(self, request: EditRequest) -> dict[int, EditRequest]:
         """The edits so far about a request's subject, by number."""
         subject = plain(request.subject)
-        return {n: r for n, r in enumerate(self.history, start=1) if plain(r.subject) == subject}
+        return {n: r for n, r in self.history.items() if plain(r.subject) == subject}
+
+    def note(self, requests: Mapping[int, EditRequest]) -> None:
+        """Notes edits, by number, as being in the weights; those already there stay in their place."""
+        self.history.update(requests)
+        self.last_number = max([self.last_number, *requests])
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Gives weights, memories and history their former content where the block ends in an error.
+
+        Of nested blocks the outermost one does.
+
+        Raises:
+            ValueError: If a weight was changed by other means than an edit.
+        """
+        before = dict(self.history), self.last_number, self.finished_at
+        try:
+            with all_or_nothing(list(self.sites.values())):
+                yield
+        except BaseException:
+            self.history, self.last_number, self.finished_at = before
+            raise
+
+    @contextmanager
+    def for_now(self) -> Iterator[None]:
+        """Takes back, bit by bit, whatever the block writes."""
+        with suppress(_ForNow), self.all_or_nothing():
+            yield
+            raise _ForNow
 
     @property
     def device(self) -> torch.device:
