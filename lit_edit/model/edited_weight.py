@@ -291,8 +291,10 @@ class EditedWeight:
 
     def _keep_former(self) -> None:
         """Copies the weight before the first write of a batch."""
-        if self._open and (self._before is None or self._before.stored is None):
-            self._before = _Before(self._stored.detach().clone(), self._remainder, self._original, self._state())
+        if self._open and self._before is not None and self._before.stored is None:
+            # What a solver keeps may have changed since the batch began: its state stays that of the beginning.
+            stored = self._stored.detach().clone()
+            self._before = _Before(stored, self._remainder, self._original, self._before.state)
 
     def _state(self) -> tuple[Any, ...]:
         counts = (self.version, self.edits, self.rank, self.forgotten)
