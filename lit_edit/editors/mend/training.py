@@ -135,8 +135,6 @@ def gather_statistics(
 def held_out_scores(workspace: Workspace, editor: MEND, requests: Sequence[EditRequest]) -> dict[str, float]:
     """Reliability, generalization and locality of single edits, each made on the unedited model and taken back."""
     sums: dict[str, float] = {}
-    parts = [workspace.architecture[layer] for layer in editor.editable_layers(workspace)]
-    kept = [part.weight.clone() for part in parts]  # taking an update back would leave its rounding
     model, prompter = workspace.model, workspace.prompter
     reference = LocalityReference()
     reference.collect(model, prompter, requests)
@@ -144,8 +142,8 @@ def held_out_scores(workspace: Workspace, editor: MEND, requests: Sequence[EditR
         editor.apply(workspace, editor.plan(workspace, [request]))
         for kind, score in evaluate(model, prompter, [request], reference).items():
             sums[kind] = sums.get(kind, 0.0) + score
-        for part, weight in zip(parts, kept, strict=True):
-            part.weight.copy_(weight)
+        for layer in editor.editable_layers(workspace):
+            workspace.site(layer).restore()
     return {kind: total / len(requests) for kind, total in sums.items()}
 
 
