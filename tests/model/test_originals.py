@@ -13,6 +13,8 @@ from helpers.references import make_workspace, matrix_of
 from helpers.runs import PowerCut, assert_same_weights, data, quick_editor, trainer, write_corpus
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_edit.callbacks import EditCheckpoint, EveryNEdits, ExportModel, MatrixStability
+from lit_edit.editors.writing import all_or_nothing
+from lit_edit.model.originals import Originals
 from torch import nn
 
 from lit_edit import LitEdit, load_model
@@ -22,9 +24,7 @@ from lit_edit.editors.layers import FixedLayers
 from lit_edit.editors.restraints import PRUNE, OEditPlus
 from lit_edit.editors.solvers import ROME
 from lit_edit.editors.values import OEdit, ValueOptimizer
-from lit_edit.editors.writing import all_or_nothing
 from lit_edit.files import save_checkpoint
-from lit_edit.model.originals import Originals
 from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.runs.delta import load_delta
 
