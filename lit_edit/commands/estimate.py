@@ -5,11 +5,11 @@ width d, the projections' input size p, L editable of N blocks, vocabulary v, an
 
 * weights: as many bytes as they have in their dtype;
 * key covariances: ``8 p²`` for each of L; language-model gradients: ``8 d p``;
-* original weights, where somebody asks for them (`lit_edit.model.originals`): as stored, for each of L that
-  is edited, and never on a GPU; all of L are counted;
+* original weights: as stored, for each of L that is edited, and never on a GPU; all of L are counted;
 * what the solver keeps: `Solver.kept_size` numbers of 8 bytes for each of L (AlphaEdit's projector: ``p²``);
-* what rounding took of edited weights of 16 bits: as much as these, where the editor carries it;
-* keys of past edits: ``4 p`` for each edit and layer, at most, and ``8 p`` for each in the layer being solved;
+* what rounding took of edited weights of 16 bits: as much as these;
+* keys and targets of past edits: ``4 (d + p)`` for each edit and layer, at most, and ``8 p`` for each in the layer being
+  solved;
 * while key covariances are collected: ``8 p²`` for each of L a second time, and the keys of one batch of texts;
 * while gradients are collected: ``8 d p`` for each of L a second time, and, for every token of one batch of texts, what
   the backward pass keeps in each block from the lowest of L on (see below), the inputs of L, two float64 copies of the
@@ -123,7 +123,7 @@ def memory_needed(
         for role, solver in zip(("keeps", "keeps to choose layers"), solvers, strict=False):
             if kept := sum(8 * solver.kept_size(d, p) for d, p in shapes):
                 lasting[f"what {type(solver).__name__} {role}"] = kept
-        lasting["keys of past edits"] = sum(4 * p * len(requests) for _, p in shapes)
+        lasting["keys and targets of past edits"] = sum(4 * (d + p) * len(requests) for d, p in shapes)
         squares = 3 * longest**2 if editor.solver.needs_covariance else 0
         dense = max(3 * widest if editor.restraints else 0, max(editor.solver.passing_size(d, p) for d, p in shapes))
         passing["solving"] = 8 * (dense + squares + 2 * longest * len(requests)) + former
