@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from lit_edit import EditRequest, edit, load_editor, load_model
-from lit_edit.cli import EditCLI, _take_back, _Unstarted, describe, main
+from lit_edit.cli import EditCLI, _take_back, _Unstarted, main
 from lit_edit.editors.layers import FixedLayers
 from lit_edit.editors.solvers import ROME
 from lit_edit.evaluation.scores import score_targets
@@ -243,7 +243,7 @@ def test_counts_to_measure_at(arguments: Command, tmp_path: Path) -> None:
     ("method", "name"), [("memit", "MEMIT"), ("mose", "MOSE, layers by ActivationSelection"), ("ft", "FineTune")]
 )
 def test_what_a_method_is_called(method: str, name: str) -> None:
-    assert describe(load_editor(method)) == name
+    assert load_editor(method).describe() == name
 
 
 def test_overrides_take_effect(arguments: Command, tmp_path: Path) -> None:

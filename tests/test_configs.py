@@ -19,7 +19,7 @@ from lit_edit.datamodules import EditDataModule
 from torch import Tensor
 
 from lit_edit import LitEdit, load_model
-from lit_edit.cli import EditCLI, describe, main
+from lit_edit.cli import EditCLI, main
 from lit_edit.editors import Editor
 
 Folder = Callable[[str], Path]
@@ -147,7 +147,7 @@ def command(tiny_folder: Folder, tmp_path: Path) -> Command:
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_methods_are_put_together_by_yaml(command: Command, name: str) -> None:
     cli = EditCLI(command(*COMBINATIONS[name]))
-    assert describe(cli.model.editor) == name
+    assert cli.model.editor.describe() == name
     assert len(cli.model.journal) == 3
     assert all(change > 0 for edit in cli.model.journal for change in edit.change.values())
     assert all(bool(torch.isfinite(weight).all()) for weight in cli.model.edited_parameters().values())
@@ -240,7 +240,6 @@ def test_every_value_of_an_overlay_has_its_source_beside_it(overlay: str) -> Non
 # What an overlay may leave to the method's own configuration: so long as it has one of these values there, and for this
 # reason. Anything else that it does not state is a constant chosen on the embedded model, passed off as published.
 UNSAID: dict[str, tuple[tuple[Any, ...], str]] = {
-    "carry_rounding": ((True,), "how weights of 16 bits are written, whatever the model; nothing changes in float32"),
     "value_keys": ((None,), "a part that the method has not"),
     "restraints": ((None,), "a part that the method has not"),
     "values.penalties": ((None,), "a part that the method has not"),
