@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import FAMILIES, tiny_model
-from helpers.runs import CORPUS, asked, data, facts, quick_editor, write_corpus, write_facts
+from helpers.runs import CORPUS, asked, command_line, data, facts, quick_editor
 from helpers.sites import random_case
 from lit_edit.callbacks import EveryNEdits
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,14 +49,9 @@ def arguments(tiny_folder: Folder, tmp_path: Path) -> Callable[..., list[str]]:
     """A complete command line on a tiny model, runs in ``tmp_path / "runs"``."""
 
     def command(method: str = "memit", n: int = 4, **changes: Any) -> list[str]:
-        return [
-            *("fit", "--config", f"{method}.yaml", "--model.model", str(tiny_folder("llama"))),
-            *("--model.corpus", str(write_corpus(tmp_path)), "--model.cache_dir", str(tmp_path / "cache")),
-            *("--data", "FactsDataModule", "--data.path", str(write_facts(tmp_path, n, **changes))),
-            *("--data.n_edits=null", "--trainer.default_root_dir", str(tmp_path / "runs")),
-            *("--trainer.accelerator=cpu", "--downstream.n_items=0", "--model.editor.values.steps=2"),
-            *(["--model.editor.layers.steps=2"] if method == "mose" else ["--model.editor.layers.layers=[1,2]"]),
-        ]
+        given = command_line(tiny_folder("llama"), tmp_path, method, n, **changes)
+        given[given.index("--trainer.default_root_dir") + 1] = str(tmp_path / "runs")
+        return [*given, "--model.cache_dir", str(tmp_path / "cache")]
 
     return command
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from helpers.models import tiny_model
-from helpers.runs import asked, assert_same_weights, data, facts, quick_editor, trainer, write_corpus, write_facts
+from helpers.runs import asked, assert_same_weights, command_line, data, facts, quick_editor, trainer, write_corpus
 from lit_edit.callbacks import EditCheckpoint, ExportModel
 from rich.console import Console
 from safetensors import safe_open
@@ -53,15 +53,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tokenizer.save_pretrained(original)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIT_EDIT_CACHE", str(root / "cache"))
-        cli = EditCLI(
-            [
-                *("fit", "--config", "memit.yaml", "--model.model", str(original), "--model.dtype", dtype),
-                *("--model.corpus", str(write_corpus(root)), "--data", "FactsDataModule"),
-                *("--data.path", str(write_facts(root, 3)), "--data.n_edits=null"),
-                *("--model.editor.values.steps=2", "--model.editor.layers.layers=[1,2]", "--downstream.n_items=0"),
-                *("--trainer.default_root_dir", str(root), "--trainer.accelerator=cpu", "--export.delta=true"),
-            ]
-        )
+        cli = EditCLI([*command_line(original, root), "--model.dtype", dtype, "--export.delta=true"])
     return Made(root / "memit" / "version_0", original, cli.model.model, dtype)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.models import tiny_model
 from helpers.references import projection_of
-from helpers.runs import write_corpus, write_facts
+from helpers.runs import command_line, write_corpus
 
 from lit_edit.cli import main
 from lit_edit.commands.statistics import spectrum
@@ -26,11 +26,8 @@ Said = pytest.CaptureFixture[str]
 def options(tiny_folder: Folder, tmp_path: Path) -> list[str]:
     """The options of a fit on a tiny model, with statistics in ``tmp_path``."""
     return [
-        *("--config", "memit.yaml", "--model.model", str(tiny_folder("gpt2"))),
-        *("--model.corpus", str(write_corpus(tmp_path)), "--model.cache_dir", str(tmp_path / "cache")),
-        *("--model.corpus_tokens", "700", "--model.editor.layers.layers=[1,2]", "--model.editor.values.steps=2"),
-        *("--data", "FactsDataModule", "--data.path", str(write_facts(tmp_path, 2)), "--data.n_edits", "null"),
-        *("--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu", "--downstream.n_items", "0"),
+        *command_line(tiny_folder("gpt2"), tmp_path, "memit", 2)[1:],
+        *("--model.cache_dir", str(tmp_path / "cache"), "--model.corpus_tokens", "700"),
     ]
 
 

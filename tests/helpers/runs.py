@@ -60,6 +60,20 @@ def write_corpus(folder: Path) -> Path:
     return path
 
 
+def command_line(model: Path, root: Path, method: str = "memit", count: int = 3, **changes: Any) -> list[str]:
+    """``fit`` by a configuration on a tiny model and a small file of facts, with few steps, all files in a folder."""
+    if method in ("mose", "mose-key"):
+        layers = "--model.editor.layers.steps=2"
+    else:
+        layers = f"--model.editor.layers.layers={'[1]' if method == 'rome' else '[1,2]'}"
+    return [
+        *("fit", "--config", f"{method}.yaml", "--model.model", str(model)),
+        *("--model.corpus", str(write_corpus(root)), "--model.editor.values.steps=2", layers),
+        *("--data", "FactsDataModule", "--data.path", str(write_facts(root, count, **changes)), "--data.n_edits=null"),
+        *("--trainer.default_root_dir", str(root), "--trainer.accelerator=cpu", "--downstream.n_items=0"),
+    ]
+
+
 def asked(count: int) -> list[EditRequest]:
     """The same as requests."""
     return [
