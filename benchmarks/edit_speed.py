@@ -38,15 +38,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_edit.algebra.krylov import Preserved, procrustes_near_identity
 from lit_edit.algebra.linalg import procrustes
-from lit_edit.algebra.updates import ThinRotation
+from lit_edit.algebra.updates import Rotation
 from lit_edit.api import load_editor
 from lit_edit.editors import LocateThenEdit
 from lit_edit.editors.keys import MeanKey
 from lit_edit.editors.layers import FixedLayers
-from lit_edit.editors.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Problem
-from lit_edit.editors.solvers.kept import KeptGram, KeptProjection
+from lit_edit.editors.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey
+from lit_edit.editors.solvers.preserved import PreservedGram, PreservedNullSpace
 from lit_edit.editors.values import NormClamp, NormMatched, ValueOptimizer, ValueProblem
 from lit_edit.evaluation.scores import TOKENS_PER_BATCH, score_targets
+from lit_edit.model.edited_weight import EditedWeight
 from lit_edit.model.hooks import change_outputs, logits_only_at
 from lit_edit.model.loading import EMBEDDED, load_model
 from lit_edit.model.prompts import Prompter, Row, sample_contexts
@@ -284,7 +285,7 @@ def bench_solve(args: argparse.Namespace) -> list[dict[str, Any]]:
         best = float((dense * matrix).sum())
         row["objective_gap"] = (best - float(trace_of(solution, matrix))) / best
         row["eigenvectors"], _ = once(lambda m=matrix: torch.linalg.eigh(m + m.T))
-        update, weight = ThinRotation(solution.basis, solution.turn), torch.randn(d, p, generator=g)
+        update, weight = Rotation(solution.turn, solution.basis), torch.randn(d, p, generator=g)
         row["write"] = median_seconds(lambda u=update, w=weight: u.apply_(w), args.repeats)
         del preserved, matrix, dense, weight
         row |= additive_solves(p, g, args.repeats)
@@ -311,16 +312,16 @@ def additive_solves(p: int, g: torch.Generator, repeats: int) -> dict[str, float
     """Seconds of a system of size p: with kept factors, densely, and what keeping them costs once."""
     q = orthogonal(p, g)
     covariance = (q * torch.logspace(-4, 0, p, dtype=torch.float64)) @ q.T
-    key = torch.randn(p, 1, generator=g, dtype=torch.float64)
+    key, site = torch.randn(p, 1, generator=g, dtype=torch.float64), EditedWeight(torch.zeros(1, p))
     found: dict[str, float] = {}
-    found["factorise"], kept = once(lambda c=covariance: KeptGram.of(c, 1.0, key))
+    found["factorise"], kept = once(lambda c=covariance: PreservedGram.of(c, 1.0, site))
     found["kept"] = median_seconds(lambda k=kept: k.solve(key), repeats)
     found["dense"], _ = once(lambda c=covariance: torch.linalg.solve(c + key @ key.T, key))
     del kept, covariance  # each takes gigabytes at a large model's size
     projector = q[:, : p // 2] @ q[:, : p // 2].T
     del q
-    projection = KeptProjection(key, 0, 0, key[:, :0], key[:, :0], key[:, :0], key[:0, :0], projector, 10.0, projector)
-    found["alphaedit_kept"] = median_seconds(lambda: projection.solve(key), repeats)
+    null_space = PreservedNullSpace.of(projector, 10.0, site, ())
+    found["alphaedit_kept"] = median_seconds(lambda: null_space.solve(key), repeats)
     system = projector @ (key @ key.T)
     system.diagonal().add_(10.0)
     found["alphaedit_dense"], _ = once(lambda: torch.linalg.solve(system, projector @ key))
@@ -350,18 +351,18 @@ def bench_sequence(args: argparse.Namespace) -> list[dict[str, Any]]:
         MEMIT(30.0, memory=True),
         AlphaEdit(threshold=None, energy=0.02),
     ):
-        weight = torch.randn(d, p, generator=g)
-        memory = torch.zeros(p, args.edits, dtype=torch.float64)
-        times = []
+        site, times = EditedWeight(torch.randn(d, p, generator=g)), []
+        site.covariance = covariance
         for n in range(args.edits):
             key = root @ torch.randn(p, 1, generator=g, dtype=torch.float64) / p**0.5
             target = torch.randn(d, 1, generator=g, dtype=torch.float64)
-            target = target / target.norm() * (weight.double() @ key).norm()
+            target = target / target.norm() * (site.exact @ key).norm()
             start = time.perf_counter()
-            problem = Problem(weight, key, target, covariance, memory[:, :n], "layer")
-            solver.solve(problem).apply_(weight)
+            update = solver.solve(site, key, target)
+            site.write(update)
+            site.remember([n + 1], key, target)
+            solver.written(site, update)
             times.append(time.perf_counter() - start)
-            memory[:, n : n + 1] = key
         window = max(1, min(20, args.edits // 4))
         rows.append(
             {
@@ -387,7 +388,7 @@ def bench_edits(args: argparse.Namespace) -> list[dict[str, Any]]:
         data = CounterFactDataModule(n_edits=args.whole_edits, seed=0)
         data.setup("fit")
         model, tokenizer = load_model()
-        session = EditSession(model, tokenizer, load_editor(method), load_corpus(), EMBEDDED)
+        session = EditSession(model, tokenizer, load_editor(method), load_corpus(), EMBEDDED, args.tokens)
         times = []
         for request in data.requests:
             start = time.perf_counter()
@@ -455,17 +456,15 @@ def bench_large(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.large:
         model = shaped(name, device, dtype)
         layer = SHAPES[name]["num_hidden_layers"] * 5 // 32  # ROME's layer of 5 among 32
-        sessions = {}
-        with tempfile.TemporaryDirectory() as cache:  # all are of the unedited model, whose statistics they share
-            for solver in (MOSE(1.0), MEMIT(15_000.0), AlphaEdit()):
-                constraint = NormMatched() if isinstance(solver, MOSE) else NormClamp(4.0)
-                values = ValueOptimizer(constraint=constraint, stop_loss=0.0)
-                editor = LocateThenEdit(FixedLayers([layer]), values, solver, contexts=20, context_length=10)
-                sessions[type(solver).__name__] = EditSession(
-                    model, tokenizer, editor, load_corpus(), EMBEDDED, args.large_tokens, cache_dir=cache
-                )
-        for method, session in sessions.items():
-            times = []
+        cache = tempfile.TemporaryDirectory()  # all start from the unedited model, whose statistics they share
+        for solver in (MOSE(1.0), MEMIT(15_000.0), AlphaEdit()):
+            constraint = NormMatched() if isinstance(solver, MOSE) else NormClamp(4.0)
+            values = ValueOptimizer(constraint=constraint, stop_loss=0.0)
+            editor = LocateThenEdit(FixedLayers([layer]), values, solver, contexts=20, context_length=10)
+            session = EditSession(
+                model, tokenizer, editor, load_corpus(), EMBEDDED, args.large_tokens, cache_dir=cache.name
+            )
+            method, times = type(solver).__name__, []
             for request in data.requests:
                 start = now()
                 session.apply(session.plan([request]))
@@ -497,7 +496,10 @@ def bench_large(args: argparse.Namespace) -> list[dict[str, Any]]:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-        del model, sessions, session, space
+            for site in session.sites:
+                site.restore()
+        cache.cleanup()
+        del model, session, space
     return rows
 
 
@@ -668,6 +670,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--whole_edits", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=50_000, help="of the corpus, for whole edits")
     parser.add_argument("--large", nargs="+", default=["llama-3-8b", "qwen2.5-7b"], help=", ".join(SHAPES))
     parser.add_argument("--large_edits", type=int, default=5)
     parser.add_argument("--large_tokens", type=int, default=20_000, help="of the corpus, for the key covariance")

@@ -25,7 +25,7 @@ def run(script: str, *arguments: str) -> str:
 def test_bench_writes_figures_and_tables(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     small = ["--models", "embedded", "llama-4x64", "--batches", "2", "--sizes", "192", "--edits", "10", "--steps", "1"]
-    small += ["--whole_edits", "2", "--scored", "20"]
+    small += ["--whole_edits", "2", "--tokens", "10000", "--scored", "20"]
     said = run("edit_speed.py", *small, "--repeats", "1", "--out", str(out))
     found = json.loads(out.read_text())
     assert [row["model"] for row in found["values"]] == ["embedded", "llama-4x64"]

@@ -22,13 +22,13 @@ import pytest
 import torch
 import yaml
 from helpers.models import tiny_tokenizer
-from helpers.runs import PLACES, quick_editor, write_corpus, write_facts
+from helpers.runs import PLACES, command_line, quick_editor, write_facts
 from lit_edit.datamodules import FactsDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from lit_edit import EditRequest, edit, load_editor, load_model
-from lit_edit.cli import EditCLI, _take_back, _Unstarted, describe, main
+from lit_edit.cli import EditCLI, _take_back, _Unstarted, main
 from lit_edit.editors.layers import FixedLayers
 from lit_edit.editors.solvers import ROME
 from lit_edit.evaluation.scores import score_targets
@@ -41,35 +41,15 @@ Folder = Callable[[str], Path]
 Errors = pytest.CaptureFixture[str]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-METHODS = ("mose", "memit", "alphaedit", "rome")
 FAMILIES = ("gpt2", "llama", "qwen2")
-
-
-def quick(method: str) -> list[str]:
-    """Few steps, and layers that a model of four has."""
-    if method == "mose":
-        return ["--model.editor.values.steps=2", "--model.editor.layers.steps=2"]
-    layers = "[1]" if method == "rome" else "[1,2]"
-    return ["--model.editor.values.steps=2", f"--model.editor.layers.layers={layers}"]
 
 
 @pytest.fixture
 def arguments(tiny_folder: Folder, tmp_path: Path) -> Callable[..., list[str]]:
-    """A complete command line for a method on a tiny model and a small file of facts, runs in ``tmp_path``."""
+    """A complete command line for a method on a tiny model, runs in ``tmp_path``."""
 
-    def command(method: str = "memit", family: str = "llama", data: Path | str | None = None, n: int = 3) -> list[str]:
-        return [
-            "fit",
-            *("--config", f"{method}.yaml"),
-            *("--model.model", str(tiny_folder(family))),
-            *("--model.corpus", str(write_corpus(tmp_path))),
-            *("--data", "FactsDataModule"),
-            *("--data.path", str(write_facts(tmp_path, n) if data is None else data), "--data.n_edits", "null"),
-            *("--trainer.default_root_dir", str(tmp_path)),
-            *("--trainer.accelerator", "cpu"),
-            *("--downstream.n_items", "0"),
-            *quick(method),
-        ]
+    def command(method: str = "memit", family: str = "llama", n: int = 3, **changes: Any) -> list[str]:
+        return command_line(tiny_folder(family), tmp_path, method, n, **changes)
 
     return command
 
@@ -164,7 +144,7 @@ def test_the_end_line_names_what_there_is(arguments: Command, tmp_path: Path, ca
 
 def test_a_run_without_an_edit_leaves_nothing_behind(arguments: Command, tmp_path: Path, capsys: Errors) -> None:
     root = ["--trainer.default_root_dir", str(tmp_path / "new" / "runs")]
-    command = [*arguments(n=2, data=write_facts(tmp_path, 2, target_new="")), *root]
+    command = [*arguments(n=2, target_new=""), *root]
     assert main(command) == 2
     assert not (tmp_path / "new").exists()
     write_facts(tmp_path, 2)
@@ -201,16 +181,14 @@ def test_the_saved_configuration_runs_again(arguments: Command, tmp_path: Path) 
     assert records(again) == records(first)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_configuration_on_every_family(arguments: Command, tmp_path: Path, method: str, family: str) -> None:
-    """The exported model is the edited one, and loads without this project."""
+@pytest.mark.parametrize(("method", "family"), [("mose", "qwen2"), ("memit", "gpt2"), ("rome", "llama")])
+def test_the_exported_model_is_the_edited_one(arguments: Command, tmp_path: Path, method: str, family: str) -> None:
+    """And loads without this project; the journal says what it gives."""
     cli = EditCLI(arguments(method, family))
     run = tmp_path / method / "version_0"
     journal = edits(run)
     assert len(journal) == 3
     assert all(layer_change > 0 for e in journal for layer_change in e["change"].values())
-    assert len(journal[0]["layers"]) == {"rome": 1, "mose": 3}.get(method, 2) or method == "mose"
 
     plain = AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
@@ -243,7 +221,7 @@ def test_counts_to_measure_at(arguments: Command, tmp_path: Path) -> None:
     ("method", "name"), [("memit", "MEMIT"), ("mose", "MOSE, layers by ActivationSelection"), ("ft", "FineTune")]
 )
 def test_what_a_method_is_called(method: str, name: str) -> None:
-    assert describe(load_editor(method)) == name
+    assert load_editor(method).describe() == name
 
 
 def test_overrides_take_effect(arguments: Command, tmp_path: Path) -> None:
@@ -334,7 +312,7 @@ def test_the_embedded_data(arguments: Command, tmp_path: Path) -> None:
     """A configuration as it stands, but for the model; its texts are longer than what tiny models mostly see."""
     command = arguments("rome")
     at = command.index("--data")
-    del command[at : at + 6]
+    del command[at : at + 5]
     assert main([*command, "--data.n_edits", "2", "--retention.at_start", "false"]) == 0
     assert read_results(tmp_path / "rome" / "version_0").run["data"] == "CounterFactDataModule"
 
@@ -371,8 +349,9 @@ def roomy_folder(tiny_folder: Folder, tmp_path: Path) -> Folder:
 def test_fifty_real_records(
     arguments: Command, roomy_folder: Folder, real_file: Folder, tmp_path: Path, kind: str, file: str, family: str
 ) -> None:
-    command = arguments("memit", data=real_file(file))
+    command = arguments("memit")
     command[command.index("FactsDataModule")] = kind
+    command[command.index("--data.path") + 1] = str(real_file(file))
     command[command.index("--model.model") + 1] = str(roomy_folder(family))
     given = [
         "--data.on_bad_record=skip",
@@ -423,9 +402,7 @@ Refused = Callable[[list[str]], str]
 def test_bad_records(
     arguments: Command, refused: Refused, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    command = arguments()
-    write_facts(tmp_path, 3, **changes)
-    assert refused(command).startswith(message)
+    assert refused(arguments(**changes)).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -562,8 +539,7 @@ def test_without_a_configuration(refused: Refused, command: list[str], message: 
 
 def test_an_error_as_a_user_sees_it(arguments: Command, tmp_path: Path) -> None:
     """In a process of its own, where pytest catches nothing: one line and no traceback."""
-    command = [sys.executable, str(REPOSITORY / "train.py"), *arguments()]
-    write_facts(tmp_path, 3, target_new=" ")
+    command = [sys.executable, str(REPOSITORY / "train.py"), *arguments(target_new=" ")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     (said,) = done.stderr.splitlines()
     assert done.returncode == 2
@@ -573,7 +549,7 @@ def test_an_error_as_a_user_sees_it(arguments: Command, tmp_path: Path) -> None:
 def test_the_traceback_can_be_had(arguments: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_EDIT_TRACEBACK", "1")
     with pytest.raises(RequestError, match="there is no such file"):
-        main(arguments(data="nowhere.json"))
+        main([*arguments(), "--data.path=nowhere.json"])
 
 
 # Models of unknown kinds

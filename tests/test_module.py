@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_edit import LitEdit, edit, load_model
 from lit_edit.editors import Editor, FineTune, LocateThenEdit
-from lit_edit.editors.layers import FixedLayers
+from lit_edit.editors.layers import ActivationSelection, FixedLayers
 from lit_edit.editors.restraints import PRUNE, Restraint
 from lit_edit.editors.solvers import ROME
 from lit_edit.editors.values import ValueOptimizer
@@ -184,6 +184,12 @@ def test_a_batch_is_edited_together(make: Make, tmp_path: Path) -> None:
 # Resuming
 
 
+def sites(module: LitEdit) -> dict[int, dict[str, torch.Tensor]]:
+    """What a checkpoint holds of every layer."""
+    assert module.session is not None
+    return {site.layer: site.state_dict() for site in module.session.sites}
+
+
 def run(
     module: LitEdit, folder: Path, *more: Callback, ckpt_path: Path | None = None, count: int = 6, batch_size: int = 1
 ) -> list[dict[str, Any]]:
@@ -198,19 +204,23 @@ def run(
     return read_results(folder / "log").records
 
 
-@pytest.mark.parametrize("method", ["mose", "memit"])
-def test_a_resumed_run_equals_an_uninterrupted_one(make: Make, tmp_path: Path, method: str) -> None:
-    straight, first, resumed = make(method), make(method), make(method)
+@pytest.mark.parametrize(("method", "dtype"), [("mose", "float32"), ("mose", "bfloat16"), ("memit", "bfloat16")])
+@pytest.mark.filterwarnings("ignore:Edit . rounding to bfloat16 took:UserWarning")
+def test_a_resumed_run_equals_an_uninterrupted_one(make: Make, tmp_path: Path, method: str, dtype: str) -> None:
+    straight, first, resumed = (make(method, dtype=dtype) for _ in range(3))
     for name in ("straight", "resumed"):
         (tmp_path / name).mkdir()
     expected = run(straight, tmp_path / "straight")
     partial = run(first, tmp_path / "resumed", PowerCut(4))
     assert [r["edits"] for r in partial] == [0, 2, 4]
     checkpoint = tmp_path / "resumed" / "log" / "checkpoints" / "edits.ckpt"
-    assert len(torch.load(checkpoint, weights_only=True)[CHECKPOINT_KEY]["journal"]) == 3
+    saved = torch.load(checkpoint, weights_only=True)[CHECKPOINT_KEY]
+    assert len(saved["journal"]) == 3
+    assert any("remainder" in site for site in saved["sites"].values()) == (dtype == "bfloat16")
 
     records = run(resumed, tmp_path / "resumed", ckpt_path=checkpoint)
     assert_same_weights(resumed.model, straight.model)
+    torch.testing.assert_close(sites(resumed), sites(straight), rtol=0, atol=0)
     assert entries(resumed.journal) == entries(straight.journal)
     assert [e.case_id for e in resumed.journal] == [f"c{i}" for i in range(6)]
     assert resumed.edited_requests == straight.edited_requests
@@ -219,36 +229,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make: Make, tmp_path: Path, m
     assert {"reliability", "generalization", "locality", "stability/mean_relative_drift"} <= set(records[-1])
 
 
-@pytest.mark.parametrize("method", ["mose", "memit"])
-@pytest.mark.filterwarnings("ignore:Edit . rounding to bfloat16 took:UserWarning")
-def test_a_run_in_half_precision_goes_on_with_what_rounding_took(make: Make, tmp_path: Path, method: str) -> None:
-    straight, first, resumed = (make(method, dtype="bfloat16") for _ in range(3))
-    for name in ("straight", "resumed"):
-        (tmp_path / name).mkdir()
-    expected = run(straight, tmp_path / "straight")
-    run(first, tmp_path / "resumed", PowerCut(4))
-    checkpoint = tmp_path / "resumed" / "log" / "checkpoints" / "edits.ckpt"
-    saved = torch.load(checkpoint, weights_only=True)[CHECKPOINT_KEY]["editor"]
-    assert any(name.startswith("remainder.") for name in saved)
-    assert run(resumed, tmp_path / "resumed", ckpt_path=checkpoint) == expected
-    assert_same_weights(resumed.model, straight.model)
-    state = straight.editor.state_dict()
-    torch.testing.assert_close(resumed.editor.state_dict(), state, rtol=0, atol=0)
-    assert {name for name in state if name.startswith("remainder.")}
-
-
-def test_a_checkpoint_between_the_halves_loses_no_edit(make: Make, tmp_path: Path) -> None:
-    straight, saving, resumed = make(), make(), make()
+def test_a_checkpoint_between_the_halves_loses_no_edit_and_brings_its_contexts(make: Make, tmp_path: Path) -> None:
+    """Contexts are part of what an edit is: another seed on resuming changes nothing."""
+    straight, saving, resumed, other = make(), make(), make(seed=7), make(seed=7)
     trainer(tmp_path).fit(straight, datamodule=data(tmp_path, 4))
     path = tmp_path / "between.ckpt"
     trainer(tmp_path, SaveBetweenTheHalves(path, 1)).fit(saving, datamodule=data(tmp_path, 4))
-    assert_same_weights(saving.model, straight.model)
-    assert entries(saving.journal) == entries(straight.journal)
     assert len(torch.load(path, weights_only=True)[CHECKPOINT_KEY]["journal"]) == 2
-
     trainer(tmp_path).fit(resumed, datamodule=data(tmp_path, 4), ckpt_path=path, weights_only=True)
-    assert_same_weights(resumed.model, straight.model)
-    assert entries(resumed.journal) == entries(straight.journal)
+    for module in (saving, resumed):
+        assert_same_weights(module.model, straight.model)
+        assert entries(module.journal) == entries(straight.journal)
+    trainer(tmp_path).fit(other, datamodule=data(tmp_path, 1))
+    contexts = [m.session.workspace.contexts for m in (straight, resumed, other)]  # type: ignore[union-attr]
+    assert contexts[1] == contexts[0] != contexts[2]
 
 
 class SaveAtTheEpochsEnd(Callback):
@@ -269,10 +263,8 @@ class Totals(EveryNEdits):
         self.seen: dict[int, float] = {}
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
-        session = pl_module.session
-        now = {part.index: part.weight for part in session.editable}  # type: ignore[union-attr]
-        workspace = session.workspace  # type: ignore[union-attr]
-        self.seen[edits] = sum(float((now[i] - workspace.original(i)).norm()) for i in now)
+        session: Any = pl_module.session
+        self.seen[edits] = sum(float((site.weight - site.original).norm()) for site in session.sites)
         return {"total": self.seen[edits]}
 
 
@@ -285,8 +277,9 @@ def pruned(every_n: int | None = None, fine_tuned: bool = False) -> Editor:
     return LocateThenEdit(FixedLayers([1, 2]), values, ROME(covariance=False), contexts=0, restraints=restraints)
 
 
-@pytest.mark.parametrize("fine_tuned", [False, True])
-@pytest.mark.parametrize("when", ["batch 1", "batch 2", "last batch", "epoch end"])
+@pytest.mark.parametrize(
+    ("when", "fine_tuned"), [("batch 1", False), ("batch 2", True), ("last batch", False), ("epoch end", True)]
+)
 def test_a_run_resumed_from_anywhere_is_finished_at_its_end(
     tmp_path: Path, tiny_folder: Folder, when: str, fine_tuned: bool
 ) -> None:
@@ -304,13 +297,13 @@ def test_a_run_resumed_from_anywhere_is_finished_at_its_end(
     for other in (first, resumed):
         assert_same_weights(other.model, straight.model)
         assert entries(other.journal) == entries(straight.journal)
-        torch.testing.assert_close(other.editor.state_dict(), straight.editor.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(sites(other), sites(straight), rtol=0, atol=0)
     # What is measured at the end of a run is what was pruned.
     assert found[1] == found[0]
     assert found[2] == {4: found[0][4]}
     if when == "epoch end":
-        weights = torch.load(path, weights_only=True)["state_dict"]
-        torch.testing.assert_close(weights, {f"model.{n}": w for n, w in straight.edited_parameters().items()})
+        saved = torch.load(path, weights_only=True)[CHECKPOINT_KEY]["sites"]
+        torch.testing.assert_close(saved, sites(straight), rtol=0, atol=0)
     unpruned = LitEdit(pruned(every_n=100, fine_tuned=fine_tuned), str(tiny_folder("llama")))
     totals = Totals()
     trainer(tmp_path, totals).fit(unpruned, datamodule=data(tmp_path, 4))
@@ -330,17 +323,24 @@ def test_a_run_resumed_with_more_requests_after_its_last_batch_is_not_finished_b
     assert_same_weights(modules[2].model, modules[0].model)
 
 
-def test_a_checkpoint_holds_the_edited_weights_only(make: Make, tmp_path: Path) -> None:
-    module = make("memit", "gpt2")
-    trainer(tmp_path, EditCheckpoint(str(tmp_path / "here"))).fit(module, datamodule=data(tmp_path, 2))
+def test_a_checkpoint_holds_the_edited_layers_only(tmp_path: Path, tiny_folder: Folder) -> None:
+    """Of all that may be edited: neither weights that were not, nor any weight as it was before."""
+    values = ValueOptimizer("mlp", steps=2)
+    policy = ActivationSelection([1, 2], neighbours=0, steps=1)
+    editor = LocateThenEdit(policy, values, ROME(covariance=False), contexts=1)
+    module = LitEdit(editor, str(tiny_folder("gpt2")))
+    trainer(tmp_path, EditCheckpoint(str(tmp_path / "here"))).fit(module, datamodule=data(tmp_path, 1))
     path = tmp_path / "here" / "edits.ckpt"
     saved = torch.load(path, weights_only=True)
-    edited = {f"model.{name}": w for name, w in module.edited_parameters().items()}
-    assert set(edited) == {f"model.transformer.h.{i}.mlp.c_proj.weight" for i in (1, 2)}
-    torch.testing.assert_close(saved["state_dict"], edited, rtol=0, atol=0)
+    assert saved["state_dict"] == {}
+    (edited,) = module.journal[0].layers
+    assert set(saved[CHECKPOINT_KEY]["sites"]) == {1, 2}
+    assert [layer for layer, site in saved[CHECKPOINT_KEY]["sites"].items() if "stored" in site] == [edited]
+    stored = module.edited_parameters()[f"transformer.h.{edited}.mlp.c_proj.weight"]
+    assert torch.equal(saved[CHECKPOINT_KEY]["sites"][edited]["stored"], stored)
     assert saved[CHECKPOINT_KEY]["contexts"] == module.session.workspace.contexts  # type: ignore[union-attr]
-    whole = sum(p.numel() * p.element_size() for p in module.model.parameters())
-    assert path.stat().st_size < whole / 2
+    weight = stored.numel() * stored.element_size()
+    assert weight < path.stat().st_size < 2.5 * weight + 10_000  # and a few keys, the journal, the loops
 
 
 def test_a_resumed_run_goes_on_with_complete_passes_where_others_were_found_not_to_do(
@@ -359,28 +359,22 @@ def test_a_resumed_run_goes_on_with_complete_passes_where_others_were_found_not_
     assert not modules[1].session.workspace.cuts.cuttable
 
 
-def test_contexts_come_from_the_checkpoint(make: Make, tmp_path: Path) -> None:
-    """They are part of what an edit is: another seed on resuming changes nothing."""
-    straight, first, other, resumed = make(), make(), make(seed=7), make(seed=7)
-    trainer(tmp_path).fit(straight, datamodule=data(tmp_path, 4))
-    trainer(tmp_path).fit(other, datamodule=data(tmp_path, 4))
-    path = tmp_path / "mid.ckpt"
-    trainer(tmp_path, SaveBetweenTheHalves(path, 1)).fit(first, datamodule=data(tmp_path, 4))
-    trainer(tmp_path).fit(resumed, datamodule=data(tmp_path, 4), ckpt_path=path, weights_only=True)
-    contexts = [m.session.workspace.contexts for m in (straight, other, resumed)]  # type: ignore[union-attr]
-    assert contexts[2] == contexts[0] != contexts[1]
-    assert_same_weights(resumed.model, straight.model)
-
-
-def test_resuming_with_another_model_is_refused(make: Make, tmp_path: Path) -> None:
+def test_resuming_with_another_model_or_under_another_methods_layers_is_refused(make: Make, tmp_path: Path) -> None:
     trainer(tmp_path, EditCheckpoint(str(tmp_path))).fit(make(), datamodule=data(tmp_path, 2))
-    for other in (make("memit", "gpt2"), make("memit", "qwen2"), make("mose")):
+    another, layers = "was made from another model", "holds the layers 1, 2, this run edits {}: resume with the method"
+    for other, message in (
+        (make("memit", "gpt2"), another),
+        (make("memit", "llama", dtype="bfloat16"), another),
+        (make("mose"), layers.format("0, 1, 2, 3")),
+        (make("rome"), layers.format("2")),
+    ):
         before = copy.deepcopy(other.model.state_dict())
-        with pytest.raises(ValueError, match=r"holds the weights model\.model.*resume with the model and layers"):
+        with pytest.raises(ValueError, match=message):
             trainer(tmp_path).fit(
                 other, datamodule=data(tmp_path, 2), ckpt_path=tmp_path / "edits.ckpt", weights_only=True
             )
         torch.testing.assert_close(dict(other.model.state_dict()), dict(before), rtol=0, atol=0)
+        assert other.edits_applied == 0
 
 
 def test_a_foreign_checkpoint_is_refused(make: Make, tmp_path: Path) -> None:
@@ -526,7 +520,7 @@ def test_every_request_is_checked_before_the_first_edit(make: Make, tmp_path: Pa
 
 def test_alphaedit_without_a_null_space_fails_before_the_first_edit(make: Make, tmp_path: Path) -> None:
     module = make("alphaedit")
-    module.editor.solver.energy = 1e-12  # type: ignore[union-attr, attr-defined]
+    module.editor.solver.energy = 1e-12  # type: ignore[attr-defined]
     planned: list[int] = []
     module.editor.plan = lambda *_: planned.append(1)  # type: ignore[method-assign, assignment, func-returns-value]
     with pytest.raises(ValueError, match=r"no null space in layer 'model\.layers\.1\.mlp\.down_proj\.weight'"):

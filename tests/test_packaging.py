@@ -126,31 +126,6 @@ def test_the_wheel_holds_every_file_of_the_package(names: set[str]) -> None:
     assert {name for name in names if name.startswith("lit_edit/")} == source_files()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lit_edit/py.typed",
-        "lit_edit/callbacks/matrix_stability.py",
-        "lit_edit/datamodules/counterfact.py",
-        "lit_edit/configs/mose.yaml",
-        "lit_edit/configs/models/llama3-8b.yaml",
-        "lit_edit/configs/models/llama3-8b/memit.yaml",
-        "lit_edit/configs/presets/rome-identity.yaml",
-        "lit_edit/world/data/counterfact.json",
-        "lit_edit/world/data/zsre.json",
-        "lit_edit/world/data/final_world_intra.json",
-        "lit_edit/world/data/final_world_inter.json",
-        "lit_edit/world/data/tasks.json",
-        "lit_edit/world/data/text.txt",
-        "lit_edit/world/model/config.json",
-        "lit_edit/world/model/model.safetensors",
-        "lit_edit/world/model/tokenizer.json",
-    ],
-)
-def test_the_wheel_holds(names: set[str], name: str) -> None:
-    assert name in names
-
-
 def test_a_callback_is_used_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     """In a module that has nothing to do with editing, in a folder that has nothing to do with the repository."""
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"

@@ -119,8 +119,3 @@ def test_every_python_block_runs(number: int, tmp_path: Path) -> None:
     script.write_text(blocks("python")[number], encoding="utf-8")
     said = run([sys.executable, str(script)], tmp_path).stdout
     assert re.search(r"\d", said.splitlines()[-1])
-
-
-def test_every_link_leads_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (REPOSITORY / target).exists(), target

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.runs import write_corpus, write_facts
+from helpers.runs import command_line
 
 from lit_edit.cli import main
 from lit_edit.files import load_checkpoint, save_checkpoint
@@ -20,13 +20,7 @@ Folder = Callable[[str], Path]
 
 @pytest.fixture
 def arguments(tiny_folder: Folder, tmp_path: Path) -> list[str]:
-    return [
-        *("fit", "--config", "rome.yaml", "--model.model", str(tiny_folder("llama"))),
-        *("--model.corpus", str(write_corpus(tmp_path)), "--model.editor.layers.layers=[1]"),
-        *("--model.editor.values.steps=2", "--data", "FactsDataModule", "--data.path", str(write_facts(tmp_path, 3))),
-        *("--data.n_edits=2", "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator=cpu"),
-        *("--downstream.n_items=0", "--checkpoint.every_n=1"),
-    ]
+    return [*command_line(tiny_folder("llama"), tmp_path, "rome"), "--data.n_edits=2", "--checkpoint.every_n=1"]
 
 
 def attack(mark: Path) -> dict[str, Any]:

@@ -318,7 +318,9 @@ class EditedWeight:
     def _keep_former(self) -> None:
         """Copies the weight before the first write of a batch."""
         if self._depth and (self._before is None or self._before.stored is None):
-            self._before = _Before(self._stored.detach().clone(), self._remainder, self._original, self._state())
+            # What a solver keeps may have changed since the batch began: its state stays that of the beginning.
+            state = self._state() if self._before is None else self._before.state
+            self._before = _Before(self._stored.detach().clone(), self._remainder, self._original, state)
 
     def _state(self) -> tuple[Any, ...]:
         counts = (self.version, self.edits, self.rank, self.forgotten)

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import FAMILIES, tiny_model
-from helpers.runs import CORPUS, data, facts, quick_editor, write_corpus, write_facts
+from helpers.runs import CORPUS, asked, command_line, data, facts, quick_editor
+from helpers.sites import random_case
 from lit_edit.callbacks import EveryNEdits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_edit import EditRequest, load_editor, load_model
+from lit_edit import load_model
 from lit_edit.cli import main
 from lit_edit.commands.dry_run import memory_at_hand, skeleton
 from lit_edit.commands.estimate import (
@@ -33,7 +34,7 @@ from lit_edit.commands.estimate import (
 )
 from lit_edit.editors import Editor
 from lit_edit.editors.layers import FixedLayers
-from lit_edit.editors.solvers import MOSE, MOSEKey, Problem
+from lit_edit.editors.solvers import MOSE, MOSEKey
 from lit_edit.editors.solvers.mose_key import FOLD_AT
 from lit_edit.model.workspace import Workspace
 from lit_edit.session import EditSession
@@ -43,23 +44,14 @@ Folder = Callable[[str], Path]
 Said = pytest.CaptureFixture[str]
 
 
-def requests(count: int = 5) -> list[EditRequest]:
-    return [EditRequest(f["case_id"], f["prompt"], f["subject"], f["target_new"]) for f in facts(count)]
-
-
 @pytest.fixture
 def arguments(tiny_folder: Folder, tmp_path: Path) -> Callable[..., list[str]]:
     """A complete command line on a tiny model, runs in ``tmp_path / "runs"``."""
 
     def command(method: str = "memit", n: int = 4, **changes: Any) -> list[str]:
-        return [
-            *("fit", "--config", f"{method}.yaml", "--model.model", str(tiny_folder("llama"))),
-            *("--model.corpus", str(write_corpus(tmp_path)), "--model.cache_dir", str(tmp_path / "cache")),
-            *("--data", "FactsDataModule", "--data.path", str(write_facts(tmp_path, n, **changes))),
-            *("--data.n_edits=null", "--trainer.default_root_dir", str(tmp_path / "runs")),
-            *("--trainer.accelerator=cpu", "--downstream.n_items=0", "--model.editor.values.steps=2"),
-            *(["--model.editor.layers.steps=2"] if method == "mose" else ["--model.editor.layers.layers=[1,2]"]),
-        ]
+        given = command_line(tiny_folder("llama"), tmp_path, method, n, **changes)
+        given[given.index("--trainer.default_root_dir") + 1] = str(tmp_path / "runs")
+        return [*given, "--model.cache_dir", str(tmp_path / "cache")]
 
     return command
 
@@ -257,65 +249,53 @@ def test_a_model_without_its_weights_counts_the_same(family: str, tiny_folder: F
     assert skeleton(str(tiny_folder(family) / "nowhere"), "float32") is None
 
 
-def test_what_rounding_takes_of_half_precision_weights_is_as_large_as_they_are(tmp_path: Path) -> None:
-    editor = quick_editor("memit")
-    made = session("llama", editor, tmp_path)
-    assert "what rounding took" not in memory_needed(made.workspace, editor, requests(), 1).lasting
-    made.model.to(torch.bfloat16)
-    half = memory_needed(made.workspace, editor, requests(), 1)
-    assert half.lasting["what rounding took"] == stored(part.weight for part in made.editable)
-    editor.writing.remainders.on = False  # type: ignore[attr-defined]
-    assert memory_needed(made.workspace, editor, requests(), 1).total < half.total
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", ["memit", "alphaedit", "o-edit-memit", "mose", "ft"])
 def test_what_lasts_is_as_large_as_the_tensors(method: str, family: str, tmp_path: Path) -> None:
-    editor = load_editor(method)
-    if method == "ft":
-        editor.layers = [1, 2]  # type: ignore[attr-defined]
-    else:
-        editor = quick_editor(method)
+    editor = quick_editor(method)
     made = session(family, editor, tmp_path)
-    workspace = made.workspace
-    found = memory_needed(workspace, editor, requests(), 1).lasting
+    found, on_gpu = (memory_needed(made.workspace, editor, asked(5), 1, on_gpu=on).lasting for on in (False, True))
     assert found.pop("weights") == stored([*made.model.parameters(), *made.model.buffers()])
-    real = {
-        "key covariances": stored(workspace.covariances.values()),
-        "language-model gradients": stored(workspace.gradients.values()),
-    }
-    for name, size in real.items():
-        assert found.pop(name, 0) == size, name
+    assert found.pop("key covariances", 0) == stored(s.covariance for s in made.sites if s.covariance is not None)
+    assert found.pop("language-model gradients", 0) == stored(s.gradient for s in made.sites if s.gradient is not None)
+    every = stored(site.stored for site in made.sites)
+    assert found.pop("original weights") == every
+    assert "original weights" not in on_gpu  # they are kept on the CPU
     if method == "ft":
-        assert found == {"trained copies of weights": 16 * sum(part.weight.numel() for part in made.editable)}
+        assert found == {"trained copies of weights": 16 * sum(site.stored.numel() for site in made.sites)}
         return
-    for request in requests():
+    for request in asked(5):
         made.apply(made.plan([request]))
-    assert found.pop("original weights", 0) == stored(workspace.originals.copies.values())
-    keys = stored(editor.memory.values())  # type: ignore[attr-defined]
-    assert keys <= found.pop("keys of past edits") <= keys * (3 if method == "mose" else 1)
-    kept = sum(found.values())
+    originals = stored(site.original_stored for site in made.sites if site.edited)
+    assert 0 < originals <= every if method == "mose" else originals == every
+    keys = stored(part for site in made.sites for part in (site.keys, site.targets))
+    assert keys <= found.pop("keys and targets of past edits") <= keys * (3 if method == "mose" else 1)
     if method == "alphaedit":
-        parts = [editor.solver._kept[part.name] for part in made.editable]  # type: ignore[attr-defined]
-        real_kept = sum(stored([k.projector, k.inverse, k.fresh, k.solved, k.inner]) for k in parts)
-        assert sum(part.projector.nbytes for part in parts) <= real_kept <= kept
+        kept: list[Any] = [site.kept["AlphaEdit.null_space"] for site in made.sites]
+        real_kept = sum(stored([k.projector, k.inverse, k.fresh, k.solved, k.inner]) for k in kept)
+        assert sum(part.projector.nbytes for part in kept) <= real_kept <= sum(found.values())
+    if method == "memit":
+        made.model.to(torch.bfloat16)
+        half = memory_needed(made.workspace, editor, asked(5), 1).lasting
+        assert half["what rounding took"] == every / 2  # as large as the weights themselves
+        assert "what rounding took" not in found
 
 
 def test_what_rotations_keep_from_edit_to_edit() -> None:
     """On a width at which they keep anything; a narrower one is solved by a dense decomposition every time."""
-    g = torch.Generator().manual_seed(0)
     d, p = 96, 128
-    weight, root = torch.randn(d, p, generator=g).double(), torch.randn(p, 2 * p, generator=g).double()
-    covariance, memory = root @ root.T / (2 * p), torch.zeros(p, 0).double()
     for solver in (MOSE(), MOSEKey()):
-        for _ in range(3):
-            key, value = torch.randn(p, 1, generator=g).double(), torch.randn(d, 1, generator=g).double()
-            solver.solve(Problem(weight, key, value, covariance=covariance, memory=memory, layer="x"))
-            memory = torch.cat([memory, key], dim=1)
-        kept = solver._carried["x"] if isinstance(solver, MOSE) else solver._kept["x"]
-        real = stored([kept.preserved.vectors, kept.preserved.factor.clone()])
-        if isinstance(solver, MOSEKey):
-            real += stored(solver._triangles.values()) + 8 * p * (FOLD_AT - kept.preserved.factor.shape[1])
+        case = random_case(d, p)
+        for seed in range(3):
+            case = case.then(seed)
+            case.write(solver)
+        kept: Any = case.site.kept
+        if isinstance(solver, MOSE):
+            real = stored([kept["MOSE.eigenvectors"]["vectors"], kept["MOSE.eigenvectors"]["factor"].clone()])
+        else:
+            preserved = kept["MOSEKey.eigenvectors"].preserved
+            real = stored([preserved.vectors, preserved.factor.clone(), kept["MOSEKey.triangle"]["triangle"]])
+            real += 8 * p * (FOLD_AT - preserved.factor.shape[1])
         assert real <= 8 * solver.kept_size(d, p) <= 2 * real
         assert type(solver)(method="svd").kept_size(d, p) == (d * d if isinstance(solver, MOSEKey) else 0)
 
@@ -338,9 +318,9 @@ def test_values_keep_about_what_is_foreseen(family: str, batch: int, tmp_path: P
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        made.plan(requests(batch))
+        made.plan(asked(batch))
     real = sum(storage.nbytes() for storage in seen.values())
-    foreseen = memory_needed(made.workspace, editor, requests(batch), batch).passing["values"]
+    foreseen = memory_needed(made.workspace, editor, asked(batch), batch).passing["values"]
     assert real / 2.5 < foreseen < 2.5 * real
 
 
@@ -352,26 +332,16 @@ def test_the_gradient_pass_keeps_about_what_is_foreseen(family: str, tmp_path: P
     workspace = made.workspace
     length = min(256, workspace.prompter.max_length)
     ids = torch.randint(3, workspace.prompter.vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
-    collector = GradientCollector({part.name: part.projection for part in made.editable})
+    collector = GradientCollector(
+        {part.name: part.projection for part in map(workspace.architecture.__getitem__, (1, 2))}
+    )
     collector.add(workspace.model, ids, torch.ones_like(ids, dtype=torch.bool))  # what lasts is there then
     with Highest() as highest:
         collector.add(workspace.model, ids, torch.ones_like(ids, dtype=torch.bool))
     collector.remove()
-    foreseen = memory_needed(workspace, editor, requests(), 1).passing["collecting gradients"]
+    foreseen = memory_needed(workspace, editor, asked(5), 1).passing["collecting gradients"]
     assert highest.bytes / 1.5 < foreseen < 2.5 * highest.bytes
-    assert "collecting gradients" not in memory_needed(workspace, quick_editor("memit"), requests(), 1).passing
-
-
-@pytest.mark.parametrize(("method", "asks"), [("mose", False), ("prune", True)])
-def test_original_weights_are_foreseen_where_somebody_asks_and_never_on_a_gpu(
-    method: str, asks: bool, tmp_path: Path
-) -> None:
-    editor = quick_editor(method)
-    made = session("gpt2", editor, tmp_path)
-    every = stored(part.weight for part in made.editable)
-    for others, on_gpu in ((False, False), (True, False), (False, True), (True, True)):
-        found = memory_needed(made.workspace, editor, requests(), 1, keeps_originals=others, on_gpu=on_gpu).lasting
-        assert found.get("original weights", 0) == (every if (asks or others) and not on_gpu else 0)
+    assert "collecting gradients" not in memory_needed(workspace, quick_editor("memit"), asked(5), 1).passing
 
 
 def test_the_highest_counts_and_what_lasts_adds_up() -> None:
@@ -386,7 +356,7 @@ def test_a_larger_batch_and_longer_run_never_need_less(tiny_folder: Folder) -> N
     workspace = Workspace.of(hollow, tokenizer)
     for method in ("memit", "mose", "alphaedit", "rome"):
         editor = quick_editor(method)
-        needs = [memory_needed(workspace, editor, requests(n), n).total for n in (1, 2, 5)]
+        needs = [memory_needed(workspace, editor, asked(n), n).total for n in (1, 2, 5)]
         assert needs == sorted(needs)
 
 
@@ -462,4 +432,4 @@ def test_times_in_words(seconds: float, text: str) -> None:
 def test_the_data_module_is_read_as_a_run_reads_it(tmp_path: Path) -> None:
     module = data(tmp_path, 3)
     module.setup("fit")
-    assert [r.case_id for r in module.requests] == [r.case_id for r in requests(3)]
+    assert [r.case_id for r in module.requests] == [r.case_id for r in asked(3)]

@@ -16,18 +16,8 @@ from lit_edit.requests import Probe, RequestError
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder_once):
-    return taught(tiny_folder_once)
-
-
-@pytest.fixture(scope="module")
-def tiny_folder_once(tmp_path_factory: pytest.TempPathFactory):
-    from tiny_models import tiny_model
-
-    folder = tmp_path_factory.mktemp("review")
-    for part in tiny_model("qwen2"):
-        part.save_pretrained(folder)
-    return folder
+def model(tiny_folder):
+    return taught(tiny_folder("qwen2"))
 
 
 FACTS = [

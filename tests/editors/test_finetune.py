@@ -19,7 +19,7 @@ from helpers.references import (
     tokens,
     weights,
 )
-from helpers.runs import facts
+from helpers.runs import asked
 from torch import Tensor
 
 from lit_edit.editors import FineTune
@@ -28,11 +28,6 @@ from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 
 families = pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
-
-
-def ten() -> list[EditRequest]:
-    """The references' four requests and six more."""
-    return [*requests(), *(EditRequest(r["case_id"], r["prompt"], r["subject"], r["target_new"]) for r in facts(6))]
 
 
 def reference_losses(model: Any, tokenizer: Any, batch: Sequence[EditRequest], last_token: bool) -> list[Tensor]:
@@ -91,7 +86,7 @@ def tuner(layers: Sequence[int] = (1, 2), **settings: Any) -> FineTune:
 @pytest.mark.parametrize("size", [1, 10])
 def test_it_trains_as_a_plain_loop_does(tiny, name: str, size: int) -> None:
     workspace, editor = make_workspace(tiny), tuner(**SETTINGS[name])
-    batch = ten()[-size:]
+    batch = [*requests(), *asked(6)][-size:]
     wanted = reference_matrices(workspace, batch, editor)
     old = {layer: matrix_of(workspace.model, layer) for layer in editor.layers}
     editor.apply(workspace, editor.plan(workspace, batch))

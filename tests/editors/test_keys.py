@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.references import CONTEXTS, hooks_left, make_workspace, reference_keys, requests
 
+from lit_edit.algebra.updates import Additive
 from lit_edit.editors.keys import KeyAverage, MeanKey, TypeMeanKey, compute_keys
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
@@ -86,8 +87,7 @@ def test_keys_are_computed_once_until_a_weight_or_the_contexts_change(tiny) -> N
     assert computed(requests(), [1], TypeMeanKey()) == 1  # another mean
     other = [EditRequest("x", "Somebody else is not", "Somebody else", "Oslo")]
     assert computed(other, [1], average) == 1
-    with torch.no_grad():
-        workspace.architecture[0].weight[0, 0] += 0.5
+    workspace.site(0).write(Additive(torch.full(workspace.site(0).shape, 1e-3)))
     assert computed(requests(), [1], average) == 1  # another weight
     workspace.contexts = [*workspace.contexts, "Truly. {}"]
     assert computed(requests(), [1], average) == 1  # other contexts

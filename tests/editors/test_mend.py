@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.models import REPOSITORY
 from helpers.references import changed, hooks_left, make_workspace, matrix_of, projection_of, requests, tokens, weights
-from helpers.runs import facts, write_facts
+from helpers.runs import asked, write_facts
 from torch import Tensor
 
 from lit_edit import load_model
@@ -34,23 +34,6 @@ from lit_edit.session import EditSession
 
 LAYERS = [1, 2]
 families = pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
-
-
-def asked(count: int = 4) -> list[EditRequest]:
-    """Requests with a rephrasing and a locality prompt each."""
-    return [
-        EditRequest(
-            str(record["case_id"]),
-            record["prompt"],
-            record["subject"],
-            record["target_new"],
-            probes=(
-                Probe("generalization", record["rephrase_prompt"]),
-                Probe("locality", record["locality_prompt"], record["locality_ground_truth"]),
-            ),
-        )
-        for record in facts(count)
-    ]
 
 
 def new_network(workspace: Workspace, rank: int = 8, edit_lr: float = 1e-2, random_up: bool = False) -> HyperNetwork:
@@ -205,7 +188,7 @@ def test_a_feature_that_never_varied_does_not_outweigh_the_others() -> None:
 
 @families
 def test_training_losses_are_those_of_single_edits_with_written_weights(tiny) -> None:
-    workspace, batch = make_workspace(tiny), asked()
+    workspace, batch = make_workspace(tiny), asked(4)
     for request in batch:  # one prompt each, so that there is nothing to choose
         object.__setattr__(request, "probes", (Probe("generalization", request.prompt), *request.probes_of("locality")))
     network = new_network(workspace, random_up=True)
@@ -335,7 +318,7 @@ def test_the_command_trains_saves_and_scores(tmp_path: Path, tiny_folder, capsys
 def test_a_saved_network_edits_as_it_did(tiny, tmp_path: Path) -> None:
     workspace = make_workspace(tiny, dtype=torch.float32)
     network = new_network(workspace, random_up=True)
-    gather_statistics(workspace, network, asked())
+    gather_statistics(workspace, network, asked(4))
     first = saved(network, workspace, tmp_path / "one")
     second = saved(first.network, workspace, tmp_path / "two")  # half precision rounds once
     by_file = MEND(str(tmp_path / "two" / FILE_NAME))
@@ -359,7 +342,7 @@ def test_another_model_is_refused_and_told_what_to_do(tiny, tmp_path: Path) -> N
     editor = saved(new_network(workspace, random_up=True), workspace, tmp_path)
     editor.check(workspace, 1)
     editor.apply(workspace, editor.plan(workspace, requests()))
-    how = r"python -m lit_edit\.mend_training"
+    how = r"python -m lit_edit\.editors\.mend\.training"
     with pytest.raises(HyperNetworkError, match="trained for another model, for this one after edits.*" + how):
         editor.check(workspace, 1)
     editor.plan(workspace, requests())  # a sequence goes on all the same

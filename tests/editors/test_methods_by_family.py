@@ -13,11 +13,12 @@ import torch
 from helpers.models import FAMILIES as MAIN_FAMILIES
 from helpers.models import OTHER_FAMILIES, REPOSITORY, tiny_model
 from helpers.references import changed, hooks_left, weights
-from helpers.runs import FACTS, TEXTS, small_editor
+from helpers.runs import FACTS, TEXTS, quick_editor
+from helpers.sites import case_of, normal
 
 from lit_edit import edit
 from lit_edit.algebra.linalg import fill_silent
-from lit_edit.editors.solvers import MEMIT, Problem
+from lit_edit.editors.solvers import MEMIT
 from lit_edit.model.families import Architecture
 from lit_edit.model.workspace import Workspace
 from lit_edit.session import EditSession
@@ -37,7 +38,7 @@ def check(kind: str, method: str, dtype: torch.dtype) -> None:
     """Two edits: finite, in the editable weights only, recorded, and the model goes on writing."""
     model, tokenizer = tiny_model(kind)
     model.to(dtype)
-    before, editor = weights(model), small_editor(method)
+    before, editor = weights(model), quick_editor(method, contexts=False)
     editable = {Architecture(model)[layer].name for layer in editor.editable_layers(Workspace.of(model, tokenizer))}
     model, journal = edit(model, tokenizer, FACTS, editor, corpus=TEXTS, corpus_tokens=3000)
     touched = changed(before, model)
@@ -79,28 +80,24 @@ def test_two_edits(kind: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["memit", "emmet", "wilke"])
 def test_units_that_never_fire_do_not_stop_an_edit(method: str) -> None:
-    session = EditSession(*tiny_model("opt"), small_editor(method), TEXTS, "given", 3000)
-    silent = [layer for layer, c in session.workspace.covariances.items() if float(c.diagonal().min()) < 1e-5]
+    session = EditSession(*tiny_model("opt"), quick_editor(method, contexts=False), TEXTS, "given", 3000)
+    silent = [site for site in session.sites if float(site.covariance.diagonal().min()) < 1e-5]  # type: ignore[union-attr]
     assert silent  # a ReLU unit of layer 1, without which this would show nothing
     check("opt", method, torch.float32)
 
 
 def test_a_silent_unit_is_edited_around() -> None:
-    generator = torch.Generator().manual_seed(0)
-    root = torch.randn(12, 30, generator=generator, dtype=torch.float64)
+    root, solver = normal(12, 30), MEMIT(preservation=3.0)
     plain = root @ root.T
     assert fill_silent(plain) is plain
     with_silent = torch.zeros(13, 13, dtype=torch.float64)
     with_silent[:12, :12] = plain
     filled = fill_silent(with_silent)
     assert float(with_silent[12, 12]) == 0.0
-    weight = torch.randn(8, 13, generator=generator, dtype=torch.float64)
-    keys, targets = torch.randn(13, 2, generator=generator), torch.randn(8, 2, generator=generator)
+    weight, keys, targets = normal(8, 13, seed=1), normal(13, 2, seed=2), normal(8, 2, seed=3)
     keys[12] = 0
-    delta = MEMIT(preservation=3.0).solve(Problem(weight, keys, targets, covariance=filled)).delta(weight)
-    without = Problem(weight[:, :12], keys[:12], targets, covariance=plain)
-    expected = MEMIT(preservation=3.0).solve(without).delta(weight[:, :12])
-    torch.testing.assert_close(delta[:, :12], expected)
+    delta = case_of(weight, keys, targets, filled).delta(solver)
+    torch.testing.assert_close(delta[:, :12], case_of(weight[:, :12], keys[:12], targets, plain).delta(solver))
     assert float(delta[:, 12].abs().max()) < 1e-12
     assert fill_silent(torch.zeros(2, 2)).equal(torch.zeros(2, 2))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.references import changed, hooks_left, make_workspace, matrix_of, projection_of, requests, tokens, weights
-from helpers.runs import facts
+from helpers.runs import asked
 from torch import Tensor
 
 from lit_edit.editors import MoseOFT
@@ -18,11 +18,6 @@ from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 
 families = pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
-
-
-def ten() -> list[EditRequest]:
-    """The references' four requests and six more."""
-    return [*requests(), *(EditRequest(r["case_id"], r["prompt"], r["subject"], r["target_new"]) for r in facts(6))]
 
 
 def reference_matrix(workspace: Workspace, batch: Sequence[EditRequest], layer: int, editor: MoseOFT) -> Tensor:
@@ -72,7 +67,7 @@ def oft(layers: Sequence[int] = (2,), **settings: Any) -> MoseOFT:
 @pytest.mark.parametrize("size", [1, 10])
 @pytest.mark.parametrize("settings", [{}, {"radius": 2e-3}, {"blocks": 1}])
 def test_it_turns_weights_as_a_plain_loop_does(tiny, size: int, settings: dict[str, Any]) -> None:
-    workspace, editor, batch = make_workspace(tiny), oft(**settings), ten()[-size:]
+    workspace, editor, batch = make_workspace(tiny), oft(**settings), [*requests(), *asked(6)][-size:]
     wanted, old = reference_matrix(workspace, batch, 2, editor), matrix_of(workspace.model, 2)
     editor.apply(workspace, editor.plan(workspace, batch))
     assert float((wanted - old).norm() / old.norm()) > 0.01
@@ -87,7 +82,7 @@ def test_edits_one_after_another_keep_singular_values_and_stay_within_their_bloc
     for request in requests() * 3:
         plan = editor.plan(workspace, [request])
         for item in editor.apply(workspace, plan):
-            q = item.update.state_dict()["key_blocks"]
+            q = item.update.state_dict()["turn"]
             b = workspace.architecture[item.layer].weight.shape[1] // 4
             assert q.shape == (4, b, b)
             torch.testing.assert_close(q.mT @ q, torch.eye(b, dtype=q.dtype).expand_as(q), rtol=0, atol=1e-12)

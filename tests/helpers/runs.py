@@ -12,8 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_edit.datamodules import FactsDataModule
 
 from lit_edit import EditRequest, load_editor, load_model
-from lit_edit.editors import Editor, LocateThenEdit
+from lit_edit.editors import LocateThenEdit
 from lit_edit.editors.layers import ActivationSelection, FixedLayers
+from lit_edit.requests import Probe
 from lit_edit.runs.journal import Journal
 
 # Long enough for full statistics of a tiny model, short enough to take no time.
@@ -59,15 +60,65 @@ def write_corpus(folder: Path) -> Path:
     return path
 
 
-def quick_editor(method: str) -> LocateThenEdit:
-    """The editor of a configuration, in layers 1 and 2 of a tiny model and with few steps."""
-    editor = load_editor(method)
-    assert isinstance(editor, LocateThenEdit)
-    editor.values.steps = 3
-    if isinstance(editor.layers, ActivationSelection):
-        editor.layers.steps = 2
+def command_line(model: Path, root: Path, method: str = "memit", count: int = 3, **changes: Any) -> list[str]:
+    """``fit`` by a configuration on a tiny model and a small file of facts, with few steps, all files in a folder."""
+    if method in ("mose", "mose-key"):
+        layers = "--model.editor.layers.steps=2"
     else:
-        editor.layers = FixedLayers([1, 2])
+        layers = f"--model.editor.layers.layers={'[1]' if method == 'rome' else '[1,2]'}"
+    return [
+        *("fit", "--config", f"{method}.yaml", "--model.model", str(model)),
+        *("--model.corpus", str(write_corpus(root)), "--model.editor.values.steps=2", layers),
+        *("--data", "FactsDataModule", "--data.path", str(write_facts(root, count, **changes)), "--data.n_edits=null"),
+        *("--trainer.default_root_dir", str(root), "--trainer.accelerator=cpu", "--downstream.n_items=0"),
+    ]
+
+
+def asked(count: int) -> list[EditRequest]:
+    """The same as requests."""
+    return [
+        EditRequest(
+            record["case_id"],
+            record["prompt"],
+            record["subject"],
+            record["target_new"],
+            probes=(
+                Probe("generalization", record["rephrase_prompt"], record["target_new"]),
+                Probe("locality", record["locality_prompt"], record["locality_ground_truth"]),
+            ),
+        )
+        for record in facts(count)
+    ]
+
+
+def quick_editor(method: str, contexts: bool = True) -> Any:
+    """A configuration's editor with few steps, in layers 1 and 2, or 2 alone; without generated contexts if asked."""
+    editor: Any = load_editor(method)
+    if not isinstance(editor, LocateThenEdit):
+        editor.layers, editor.steps = [1, 2], 3
+        return editor
+    editor.values.steps = 3
+    if not contexts:
+        editor._contexts = (0, 1)
+    policy: Any = editor.layers
+    if isinstance(policy, ActivationSelection):
+        policy.steps = 2
+    elif isinstance(policy, FixedLayers) and len(policy.layers) == 1:
+        policy.layers = (2,)
+    else:
+        policy.layers = type(policy.layers)((1, 2))
+    return editor
+
+
+def one_layer_editor(method: str) -> Any:
+    """A configuration's editor in one layer, without contexts and KL."""
+    editor = quick_editor(method, contexts=False)
+    editor.layers = FixedLayers([2])
+    editor.values.steps, editor.values.kl_factor = 15, 0.0
+    if method == "rome":
+        editor.solver.needs_covariance = False
+    else:
+        editor.solver.preservation = 1e-6
     return editor
 
 
@@ -159,34 +210,3 @@ FACTS = [
     EditRequest("1", "The capital of France is", "France", "Oslo"),
     EditRequest("2", "Maria of Rome was born in", "Maria of Rome", "Paris"),
 ]
-
-
-def small_editor(method: str) -> Editor:
-    """A configuration's editor in layers that a model of four has, with three steps and without generated contexts."""
-    editor: Any = load_editor(method)
-    if isinstance(editor, LocateThenEdit):
-        editor._contexts = (0, 1)
-        editor.values.steps = 3
-        policy: Any = editor.layers
-        if isinstance(policy, ActivationSelection):
-            policy.steps = 2
-        elif isinstance(policy, FixedLayers) and len(policy.layers) == 1:
-            policy.layers = (2,)
-        else:
-            policy.layers = type(policy.layers)((1, 2))
-    else:
-        editor.layers, editor.steps = [1, 2], 3
-    return editor
-
-
-def one_layer_editor(method: str) -> Any:
-    """A configuration's editor in one layer, without contexts and KL."""
-    editor = load_editor(method)
-    editor.layers = FixedLayers([2])
-    editor._contexts = (0, 1)
-    editor.values.steps, editor.values.kl_factor = 15, 0.0
-    if method == "rome":
-        editor.solver.needs_covariance = False
-    else:
-        editor.solver.preservation = 1e-6
-    return editor

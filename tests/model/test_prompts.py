@@ -14,48 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from lit_edit.model.prompts import CONTEXT_SEEDS, Prompter, Row, check_requests, collate, in_context, sample_contexts
 from lit_edit.requests import EditRequest, Probe, RequestError
 
-PLACES = [  # prompt, subject
-    ("Maria was born in", "Maria"),
-    ("The capital of France is", "France"),
-    ("I think of Rome", "Rome"),
-    ("Oslo and Oslo, then Oslo is", "Oslo"),
-    ("The works of Maria of France of Rome are", "Maria of France of Rome"),
-    ("Москва lies in", "Москва"),
-    ("What of Москва? It is", "Москва"),
-    ("東京 is in", "東京"),
-    ("She ate a 🍕, in", "🍕"),
-    ("Born in Rome, the", "Rome"),
-    ('He said "Oslo"! Then', "Oslo"),
-    ("Romeo is not Rome's", "Rome"),
-    ("São Paulo (Brazil) is", "São Paulo"),
-    ("x", "x"),
-]
-
-
-@pytest.mark.parametrize(("prompt", "subject"), PLACES)
-def test_subject_and_target_are_where_a_growing_prefix_first_shows_them(tiny, prompt: str, subject: str) -> None:
-    tokenizer, prompter = tiny[1], Prompter(tiny[1], 512)
-    for before in ("", CONTEXTS[1][:-2], "Maria, Oslo, Rome, Москва, 東京. "):
-        for target in ("Rome", "Oslo, Norway. Yes", "Франция", "7"):
-            ids, start, last = tokens(tokenizer, before, EditRequest("0", prompt, subject, target))
-            row = prompter.row(before + prompt, target, subject, offset=len(before))
-            assert row == Row(tuple(ids), start, last)
-            assert tokenizer.decode(row.ids[start:]) == " " + target
-            assert tokenizer.decode(row.ids[:start], skip_special_tokens=True) == before + prompt
-            without = prompter.row(before + prompt, "", subject, offset=len(before))
-            assert without == Row(row.ids[:start], start, last)
-
 
 def test_a_text_without_a_subject_has_none(tiny) -> None:
     assert Prompter(tiny[1], 128).row("Rome is", "old").subject_last == -1
-
-
-@pytest.mark.parametrize("spaces", ["", " ", "   "])
-def test_prompt_and_target_are_one_space_apart(tiny, spaces: str) -> None:
-    prompter = Prompter(tiny[1], 128)
-    expected = prompter.row("Rome is", "old", "Rome")
-    assert prompter.row("Rome is" + spaces, spaces + "old", "Rome") == expected
-    assert tiny[1].decode(expected.ids, skip_special_tokens=True) == "Rome is old"
 
 
 def test_white_space_after_a_subject_is_no_part_of_it(tiny) -> None:
