@@ -150,7 +150,7 @@ class Retention(EveryNEdits):
         requests = module.edited_requests if edits else self._all_requests(trainer)
         facts = EditedFacts(module.edited_requests)
         found = evaluate(module.model, module.prompter, requests, self._reference, edited=facts, ways=self.ways)
-        made = list(module.journal) if edits else [None] * len(requests)
+        made = [edit for edit, _ in module.journal.standing] if edits else [None] * len(requests)
         records = [
             outcome_record(o, edit, edits, self._reference.text(module.prompter, o.request.prompt))
             for o, edit in zip(found, made, strict=True)

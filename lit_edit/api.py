@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from lit_edit.configs.find import read_config
-from lit_edit.editors import Editor, Mending
+from lit_edit.editors import Editor, Guard, Mending
 from lit_edit.requests import EditRequest
 from lit_edit.runs.journal import Journal
 from lit_edit.session import EditSession, Preparation
@@ -43,6 +43,7 @@ def edit(
     *,
     batch_size: int = 1,
     mending: Mending | None = None,
+    guard: Guard | None = None,
     **preparation: Any,
 ) -> tuple[nn.Module, Journal]:
     """Edits a model, one batch of requests after another.
@@ -54,6 +55,7 @@ def edit(
         method: An editor, or the configuration that describes one.
         batch_size: Requests edited together.
         mending: When past edits that slipped are written again; never if None.
+        guard: What becomes of edits that fail; the defaults of `lit_edit.editors.Guard` if None.
         **preparation: Settings of `lit_edit.session.Preparation`: ``corpus``, ``seed``, ``cache_dir`` and others.
 
     Returns:
@@ -73,7 +75,7 @@ def edit(
     if batch_size < 1:
         raise ValueError(f"batch_size should be positive, it is {batch_size}.")
     editor = method if isinstance(method, Editor) else load_editor(method)
-    session = EditSession(model, tokenizer, editor, Preparation(**preparation), mending, requests)
+    session = EditSession(model, tokenizer, editor, Preparation(**preparation), mending, requests, guard)
     session.check(requests, batch_size)
     for first in range(0, len(requests), batch_size):
         session.apply(session.plan(requests[first : first + batch_size]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_edit.editors import Editor, Mending, Plan
+from lit_edit.editors import Editor, Guard, Mending, Plan
 from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.loading import EMBEDDED, load_model, on_terminal, save_model
 from lit_edit.model.prompts import Prompter
@@ -38,6 +39,7 @@ class LitEdit(L.LightningModule):
         tokenizer: of a loaded model.
         dtype: in which a named model is loaded.
         mending: When past edits that slipped are written again; never if None.
+        guard: What becomes of edits that fail; the defaults of `lit_edit.editors.Guard` if None.
         **preparation: Settings of `lit_edit.session.Preparation`.
 
     Raises:
@@ -51,6 +53,7 @@ class LitEdit(L.LightningModule):
         tokenizer: Any = None,
         dtype: str = "float32",
         mending: Mending | None = None,
+        guard: Guard | None = None,
         **preparation: Any,
     ) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ class LitEdit(L.LightningModule):
                 raise ValueError("A loaded model needs its tokenizer: LitEdit(editor, model, tokenizer=...).")
             self.model, self.tokenizer = model, tokenizer
         self.model.eval().requires_grad_(False)
-        self.mending = mending
+        self.mending, self.guard = mending, guard
         self.preparation = Preparation(**preparation)
         self.session: EditSession | None = None
         self.last_edits: list[Edit] = []
@@ -83,8 +86,8 @@ class LitEdit(L.LightningModule):
 
     @property
     def edited_requests(self) -> list[EditRequest]:
-        """The requests applied so far, in order."""
-        return self.journal.requests
+        """The requests so far, in order, but for those that were taken back."""
+        return [request for _, request in self.journal.standing]
 
     @property
     def prompter(self) -> Prompter:
@@ -138,6 +141,7 @@ class LitEdit(L.LightningModule):
             self.preparation,
             self.mending,
             self._requests(),
+            self.guard,
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None and on_terminal(),
             notify=self._announce if self.trainer.is_global_zero else None,
         )
@@ -188,14 +192,17 @@ class LitEdit(L.LightningModule):
         plan, self._pending = self._pending, None
         self.last_edits = self._session().apply(plan)
         n = len(self.last_edits)
+        written = [e for e in self.last_edits if e.change]
         figures = {
             "train/loss": sum(e.loss for e in self.last_edits) / n,
             "train/p_value": sum(e.p_value for e in self.last_edits) / n,
             "train/p_target": sum(e.p_target for e in self.last_edits) / n,
-            "train/relative_change": sum(max(e.change.values()) for e in self.last_edits) / n,
-            "train/middle_layer": sum(e.layers[len(e.layers) // 2] for e in self.last_edits) / n,
             "train/seconds_per_edit": self.last_edits[-1].seconds,
         }
+        if written:
+            figures["train/relative_change"] = sum(max(e.change.values()) for e in written) / len(written)
+            figures["train/middle_layer"] = sum(e.layers[len(e.layers) // 2] for e in written) / len(written)
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
                 logger.log_metrics(figures, step=self.edits_applied)

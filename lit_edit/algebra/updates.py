@@ -23,6 +23,10 @@ _NARROW = 64  # the same for a thin one, which stays in a cache
 _ORTHOGONALITY_TOLERANCE = 1e-8
 
 
+class UnwritableError(ValueError):
+    """An edit that has no update: its numbers are not finite, or lead out of the range of the weight's dtype."""
+
+
 class Applied(NamedTuple):
     """What applying an update did to a weight.
 
@@ -140,7 +144,7 @@ class Update(ABC):
                 exact += delta
                 rounded = exact.to(weight.dtype)
                 if not torch.isfinite(rounded).all():
-                    raise ValueError(
+                    raise UnwritableError(
                         f"{type(self).__name__} of norm {self.norm:.3g} takes the weight of shape "
                         f"{tuple(weight.shape)} out of the range of {weight.dtype}."
                     )
@@ -166,7 +170,7 @@ class Update(ABC):
         tensor: Tensor = getattr(self, name)
         tensor = tensor.detach().to(torch.float64).clone(memory_format=torch.contiguous_format)
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{kind} of shape {tuple(tensor.shape)} holds values that are not finite.")
+            raise UnwritableError(f"{kind} of shape {tuple(tensor.shape)} holds values that are not finite.")
         object.__setattr__(self, name, tensor)
         return tensor
 

@@ -2,9 +2,10 @@
 
 from lit_edit.editors.base import Editor, Plan
 from lit_edit.editors.finetune import FineTune
+from lit_edit.editors.guard import FailedEditError, Guard
 from lit_edit.editors.locate_then_edit import LocateThenEdit
 from lit_edit.editors.mend.editor import MEND
 from lit_edit.editors.mending import Mending
 from lit_edit.editors.mose_oft import MoseOFT
 
-__all__ = ["MEND", "Editor", "FineTune", "LocateThenEdit", "Mending", "MoseOFT", "Plan"]
+__all__ = ["MEND", "Editor", "FailedEditError", "FineTune", "Guard", "LocateThenEdit", "Mending", "MoseOFT", "Plan"]

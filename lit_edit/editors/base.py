@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -156,6 +156,10 @@ class Editor(Configured, ABC):
                 workspace.history.clear()
                 workspace.last_number = 0
 
+    def kept_with(self, workspace: Workspace, requests: Sequence[EditRequest]) -> list[int]:
+        """Numbers of earlier edits that are written again together with a batch, to be asked before it is applied."""
+        return []
+
     @abstractmethod
     def apply(self, workspace: Workspace, plan: Plan) -> list[Written]:
         """The closed-form half: changes the weights and says how. Where it ends in an error, nothing has changed."""
@@ -193,7 +197,7 @@ class Editor(Configured, ABC):
                         for restraint in self.restraints:
                             update = restraint.restrain(update, site)
                     with watch.measure("write"):
-                        written.append(site.write(update))
+                        written.append(replace(site.write(update), requests=site.pending))
                     if after is None:
                         site.count(site.pending, update.rank(site.weight))
                     else:

@@ -183,6 +183,12 @@ class LocateThenEdit(Editor):
             found.append([r for r in latest.values() if r is not request])
         return found
 
+    def kept_with(self, workspace: Workspace, requests: Sequence[EditRequest]) -> list[int]:
+        """The earlier edits of the same subjects, if they are kept."""
+        if not self.with_earlier:
+            return []
+        return sorted({number for request in requests for number in workspace.earlier(request)})
+
     def plans(self, workspace: Workspace, requests: Sequence[EditRequest]) -> list[Plan]:
         """Values of all requests in one optimisation."""
         whole = self.plan(workspace, requests)

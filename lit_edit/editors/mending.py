@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from lit_edit.editors.base import Editor
+from lit_edit.editors.base import Editor, Plan
 from lit_edit.evaluation.scope import EditedFacts
 from lit_edit.evaluation.scores import score_targets
 from lit_edit.model.workspace import Workspace
@@ -47,8 +47,15 @@ class Mending:
         """Whether to mend after so many edits, the last time having been after ``last``."""
         return edits // self.every_n > last // self.every_n
 
-    def run(self, workspace: Workspace, editor: Editor) -> list[int]:
+    def run(
+        self, workspace: Workspace, editor: Editor, apply: Callable[[Workspace, Plan], object] | None = None
+    ) -> list[int]:
         """Mends.
+
+        Args:
+            workspace: The edited model.
+            editor: The method.
+            apply: What writes a plan; the editor itself if None.
 
         Returns:
             Numbers of the edits that were written again, once for each time.
@@ -67,7 +74,7 @@ class Mending:
                 part = slipped[start : start + size]
                 with torch.enable_grad():
                     plan = editor.plan(workspace, [workspace.history[n] for n in part])
-                editor.apply(workspace, replace(plan, numbers=part))
+                (apply or editor.apply)(workspace, replace(plan, numbers=part))
             mended += slipped
         return mended
 

@@ -26,12 +26,14 @@ class Written:
         update: The change as it was applied.
         relative_change: ``‖ΔW‖_F / ‖W‖_F``, before rounding.
         rounding: Share of the change that rounding to the weight's dtype took, see `Update.apply_`.
+        requests: Number of requests it wrote; 0 for what restrains a sum.
     """
 
     layer: int
     update: Update
     relative_change: float
     rounding: float
+    requests: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +91,7 @@ class EditedWeight:
         self._covariance: Tensor | None = None
         self._gradient: Tensor | None = None
         self._cached: dict[str, tuple[int, Any]] = {}
-        self._depth = 0  # of blocks that give everything back where they end in an error
-        self._before: _Before | None = None
+        self._before: list[_Before] = []  # of every block that gives everything back, the outermost first
         self.keys, self.targets = self._no_columns()
         self.owners: list[int] = []
 
@@ -316,11 +317,13 @@ class EditedWeight:
     # All or nothing
 
     def _keep_former(self) -> None:
-        """Copies the weight before the first write of a batch."""
-        if self._depth and (self._before is None or self._before.stored is None):
-            # What a solver keeps may have changed since the batch began: its state stays that of the beginning.
-            state = self._state() if self._before is None else self._before.state
-            self._before = _Before(self._stored.detach().clone(), self._remainder, self._original, state)
+        """Copies the weight before the first write of a block."""
+        waiting = [i for i, before in enumerate(self._before) if before.stored is None]
+        if waiting:
+            # What a solver keeps may have changed since a block began: its state stays that of the beginning.
+            stored = self._stored.detach().clone()
+            for i in waiting:
+                self._before[i] = _Before(stored, self._remainder, self._original, self._before[i].state)
 
     def _state(self) -> tuple[Any, ...]:
         counts = (self.version, self.edits, self.rank, self.forgotten)
@@ -328,27 +331,22 @@ class EditedWeight:
 
     def _begin(self) -> None:
         self._check_unchanged()
-        if not self._depth:
-            self._before = _Before(None, None, None, self._state())
-        self._depth += 1
+        self._before.append(_Before(None, None, None, self._state()))
 
     @torch.no_grad()
     def _roll_back(self) -> None:
-        if self._before is None or self._depth > 1:  # the outermost block gives everything back
-            return
-        if self._before.stored is not None:
-            self._stored.copy_(self._before.stored)
-            self._remainder, self._original = self._before.remainder, self._before.original
+        before = self._before[-1]
+        if before.stored is not None:
+            self._stored.copy_(before.stored)
+            self._remainder, self._original = before.remainder, before.original
             self._counted = _changes_of(self._stored)
             self._cached.clear()
-        state = self._before.state
-        self.version, self.edits, self.rank, self.forgotten = state[:4]
-        self.keys, self.targets, self.owners, self.kept = state[4:]
+        self.version, self.edits, self.rank, self.forgotten = before.state[:4]
+        self.keys, self.targets, self.owners, self.kept = before.state[4:]
+        self.kept = dict(self.kept)  # an outer block may have to give the same back
 
     def _end(self) -> None:
-        self._depth = max(self._depth - 1, 0)
-        if not self._depth:
-            self._before = None
+        self._before.pop()
 
     # Checkpoints
 
@@ -431,7 +429,7 @@ class EditedWeight:
 def all_or_nothing(sites: Sequence[EditedWeight]) -> Iterator[None]:
     """Gives weights, memories and all that is kept their former content, bit by bit, where the block ends in an error.
 
-    Of nested blocks the outermost one does: an error that leaves an inner one has to leave it, too.
+    Blocks can be nested; an inner one that ends in an error leaves what the outer one has written before it.
 
     Raises:
         ValueError: If a weight was changed by other means than an edit.

@@ -134,7 +134,7 @@ class Workspace:
     def all_or_nothing(self) -> Iterator[None]:
         """Gives weights, memories and history their former content where the block ends in an error.
 
-        Of nested blocks the outermost one does.
+        Blocks can be nested.
 
         Raises:
             ValueError: If a weight was changed by other means than an edit.

@@ -16,12 +16,6 @@ from helpers.models import FAMILIES, tiny_model
 from helpers.runs import CORPUS, asked, command_line, data, facts, quick_editor
 from helpers.sites import random_case
 from lit_edit.callbacks import EveryNEdits
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from lit_edit import load_model
-from lit_edit.cli import main
-from lit_edit.commands.dry_run import memory_at_hand, skeleton
 from lit_edit.commands.estimate import (
     Memory,
     Time,
@@ -32,6 +26,12 @@ from lit_edit.commands.estimate import (
     time_text,
     weight_bytes,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lit_edit import load_model
+from lit_edit.cli import main
+from lit_edit.commands.dry_run import memory_at_hand, skeleton
 from lit_edit.editors import Editor
 from lit_edit.editors.layers import FixedLayers
 from lit_edit.editors.solvers import MOSE, MOSEKey

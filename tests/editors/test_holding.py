@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import tiny_model
-from helpers.runs import TEXTS
+from helpers.sessions import FACTS, MAKERS, locate, session, values, write
 from lit_edit.datamodules import CounterFactDataModule
 
-from lit_edit.editors import Editor, FineTune, LocateThenEdit, Mending, MoseOFT
+from lit_edit.editors import Mending
 from lit_edit.editors.keys import MeanKey, context_keys
 from lit_edit.editors.layers import FixedLayers, LeastFull
-from lit_edit.editors.solvers import MEMIT, MOSE, ROME, AlphaEdit, Isospectral, MOSEKey
-from lit_edit.editors.values import NormClamp, NormMatched, ValueOptimizer, ValueProblem
+from lit_edit.editors.solvers import MEMIT, ROME, Isospectral
+from lit_edit.editors.values import NormClamp, NormMatched, ValueProblem
 from lit_edit.evaluation.scores import score_targets
 from lit_edit.model.loading import embedded_path, load_model
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession, Preparation
 
-PEOPLE = ["Maria of Rome", "Ben of Oslo", "Ada of Paris", "Ira of Lima", "Eva of Bonn", "Tom of Cork"]
-FACTS = [EditRequest(str(i), f"{who} was born in", who, where) for i, (who, where) in enumerate(
-    zip(PEOPLE, ["Oslo", "Paris", "Rome", "Peru", "Lima", "Bern"], strict=True)
-)]  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:The key covariance was counted over")
-
-
-def values(constraint: Any = None, **changes: Any) -> ValueOptimizer:
-    settings = {"lr": 0.5, "lr_unit": "relative", "steps": 25, "kl_factor": 0.0, "weight_decay": 0.0} | changes
-    return ValueOptimizer(constraint=constraint or NormClamp(40.0), **settings)
-
-
-def locate(solver: Any, constraint: Any = None, **changes: Any) -> LocateThenEdit:
-    parts = {"layers": FixedLayers([1, 2]), "values": values(constraint), "contexts": 0} | changes
-    return LocateThenEdit(solver=solver, **parts)
-
-
-MAKERS: dict[str, Callable[[], Editor]] = {
-    "ROME": lambda: locate(ROME()),
-    "MEMIT": lambda: locate(MEMIT(1e-3, memory=True)),
-    "AlphaEdit": lambda: locate(AlphaEdit(None, 0.5, 1e-3)),
-    "MOSE": lambda: locate(MOSE(1e-3), NormMatched()),
-    "MOSEKey": lambda: locate(MOSEKey(1e-3), NormMatched()),
-    "Isospectral": lambda: locate(Isospectral(1e-3), NormMatched()),
-    "FineTune": lambda: FineTune([1, 2], lr=5e-3, steps=15),
-    "MoseOFT": lambda: MoseOFT([1, 2], lr=2e-2, steps=15, radius=None),
-}
-
-
-def session(editor: Editor, mending: Mending | None = None) -> EditSession:
-    model, tokenizer = tiny_model("llama")
-    return EditSession(model, tokenizer, editor, Preparation(corpus=TEXTS), mending)
-
-
-def write(opened: EditSession, requests: list[EditRequest], batch_size: int = 1) -> EditSession:
-    for start in range(0, len(requests), batch_size):
-        opened.apply(opened.plan(requests[start : start + batch_size]))
-    return opened
 
 
 def sure(opened: EditSession, requests: list[EditRequest]) -> float:
@@ -80,7 +41,7 @@ def test_mending_writes_what_slipped_and_nothing_else(name: str) -> None:
     before = holding(plain, FACTS)
     mending = Mending(every_n=6, margin=0.0)
     mended = write(session(MAKERS[name](), mending), FACTS)
-    (record,) = mended.journal.mendings
+    (record,) = mended.journal.events
     assert record.after == 6
     assert record.numbers == [i for i, holds in enumerate(before, start=1) if not holds]
     assert record.seconds > 0
@@ -93,7 +54,7 @@ def test_mending_writes_what_slipped_and_nothing_else(name: str) -> None:
 
 def test_an_edit_that_is_written_again_has_one_key() -> None:
     opened = write(session(MAKERS["MEMIT"](), Mending(every_n=3, margin=0.999)), FACTS)
-    assert any(record.numbers for record in opened.journal.mendings)
+    assert any(record.numbers for record in opened.journal.events)
     for site in opened.sites:
         assert sorted(site.owners) == [1, 2, 3, 4, 5, 6]
         assert site.keys.shape[1] == 6
@@ -115,10 +76,10 @@ def test_mending_computes_remembered_keys_anew() -> None:
 
 def test_a_run_mends_at_its_end_and_only_once() -> None:
     opened = write(session(MAKERS["ROME"](), Mending(every_n=4)), FACTS)
-    assert [record.after for record in opened.journal.mendings] == [4]
+    assert [record.after for record in opened.journal.events] == [4]
     opened.finish()
     opened.finish()
-    assert [record.after for record in opened.journal.mendings] == [4, 6]
+    assert [record.after for record in opened.journal.events] == [4, 6]
 
 
 @pytest.mark.parametrize("bad", [{"every_n": 0}, {"rounds": 0}, {"batch_size": 0}, {"margin": 1.0}, {"margin": -0.1}])
@@ -257,6 +218,6 @@ def test_resuming_goes_on_where_mending_stood() -> None:
     second = session(locate(MEMIT(1e-3, memory=True), with_earlier=True), mending)
     second.load_state_dict(state, FACTS)
     write(second, FACTS[3:])
-    assert [m.numbers for m in second.journal.mendings] == [m.numbers for m in straight.journal.mendings]
+    assert [m.numbers for m in second.journal.events] == [m.numbers for m in straight.journal.events]
     for one, other in zip(straight.sites, second.sites, strict=True):
         torch.testing.assert_close(one.weight, other.weight, rtol=0, atol=0)

@@ -11,9 +11,9 @@ import torch
 from helpers.runs import assert_same_weights
 from safetensors.torch import load_file
 
+from lit_edit.files import save_tensors
 from lit_edit.model.families import Architecture
 from lit_edit.runs.delta import DeltaError, load_delta, save_delta
-from lit_edit.files import save_tensors
 from lit_edit.statistics import model_fingerprint
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_edit.runs.journal import Edit, Journal
 from lit_edit.requests import EditRequest
+from lit_edit.runs.journal import Edit, Journal
 
 
 def request(i: int) -> EditRequest:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.algebra.linalg import NotPositiveDefiniteError, solve_spd
-from lit_edit.algebra.updates import Update
+from lit_edit.algebra.updates import UnwritableError, Update
 from lit_edit.editors.solvers.preserved import PreservedGram
 from lit_edit.model.edited_weight import EditedWeight
 from lit_edit.settings import Configured
@@ -165,5 +165,5 @@ def _checked(site: EditedWeight, name: str, tensor: Tensor, shape: tuple[int, in
             f"{tuple(tensor.shape)}."
         )
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"Layer {site.name!r}: {name} of shape {shape} hold values that are not finite.")
+        raise UnwritableError(f"Layer {site.name!r}: {name} of shape {shape} hold values that are not finite.")
     return tensor.detach().to(device=site.device, dtype=torch.float64)

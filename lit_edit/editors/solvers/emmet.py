@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.algebra.linalg import solve_spd
-from lit_edit.algebra.updates import LowRank
+from lit_edit.algebra.updates import LowRank, UnwritableError
 from lit_edit.editors.solvers.base import Solver, check_positive, residual
 from lit_edit.editors.solvers.preserved import room_for_keys
 from lit_edit.model.edited_weight import EditedWeight
@@ -47,7 +47,7 @@ class EMMET(Solver):
 
     def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> LowRank:
         if not keys.any(dim=0).all():
-            raise ValueError(f"A key of layer {site.name!r} is zero: no change of the weight can move its output.")
+            raise UnwritableError(f"A key of layer {site.name!r} is zero: no change of the weight can move its output.")
         whitened = self.whitened_keys(site, keys, self.preservation)
         inner = keys.T @ whitened
         inner = (inner + inner.T) / 2

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_edit.algebra.exact import ExactWeight
 from lit_edit.algebra.krylov import Preserved, procrustes_near_identity
 from lit_edit.algebra.linalg import procrustes, solve_factored, solve_spd
-from lit_edit.algebra.updates import Rotation
+from lit_edit.algebra.updates import Rotation, UnwritableError
 from lit_edit.editors.solvers.base import Solver, check_positive
 from lit_edit.model.edited_weight import EditedWeight
 
@@ -80,7 +80,7 @@ class MOSEKey(Solver):
 
     def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> Rotation:
         if not keys.any(dim=0).all():
-            raise ValueError(f"A key of layer {site.name!r} is zero: no rotation can move its output.")
+            raise UnwritableError(f"A key of layer {site.name!r} is zero: no rotation can move its output.")
         covariance = self.covariance(site).detach()
         if self.target == "exact":
             wanted = self._matched(site, keys, targets)

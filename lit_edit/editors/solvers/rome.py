@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.algebra.linalg import solve_spd
-from lit_edit.algebra.updates import LowRank
+from lit_edit.algebra.updates import LowRank, UnwritableError
 from lit_edit.editors.solvers.base import Solver, check_positive, preserved_gram, residual
 from lit_edit.editors.solvers.preserved import room_for_keys
 from lit_edit.model.edited_weight import EditedWeight
@@ -50,7 +50,9 @@ class ROME(Solver):
     def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> LowRank:
         key = keys
         if not key.any():
-            raise ValueError(f"The key of layer {site.name!r} is zero: no change of the weight can move its output.")
+            raise UnwritableError(
+                f"The key of layer {site.name!r} is zero: no change of the weight can move its output."
+            )
         memory = self.remembered(site)
         if self.needs_covariance:
             u = self.whitened_keys(site, key, self.preservation)
