@@ -262,7 +262,8 @@ class UpdateLog:
         for layer, site in sites.items():
             if site.edited:
                 state = site.state_dict()
-                tensors |= {f"{layer}.{name}": state[name] for name in ("stored", "remainder") if name in state}
+                found = {name: state[name].contiguous() for name in ("stored", "remainder") if name in state}
+                tensors |= {f"{layer}.{name}": tensor for name, tensor in found.items()}
                 tensors[f"{layer}.counts"] = state["counts"]
         self._keep(Write(len(self) + 1, "point", edits=edits), tensors)
         for point in self._points(len(self)):

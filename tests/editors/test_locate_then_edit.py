@@ -35,7 +35,7 @@ from lit_edit.editors.values import NormClamp, NormMatched, ValueOptimizer
 from lit_edit.model.hooks import read_inputs
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.session import EditSession
+from lit_edit.session import EditSession, Preparation
 
 
 def values_at(site: Any = "mlp", **settings: Any) -> ValueOptimizer:
@@ -194,7 +194,7 @@ def test_the_edited_model_answers_as_the_optimisation_said(tiny) -> None:
 def test_rome_refuses_a_batch_before_anything_happens(tiny) -> None:
     model, tokenizer = tiny
     editor = LocateThenEdit(FixedLayers([1]), values_at(), ROME(covariance=False), contexts=0)
-    session = EditSession(model, tokenizer, editor, corpus=(), corpus_name="none")
+    session = EditSession(model, tokenizer, editor, Preparation(corpus=[]))
     before = weights(model)
     message = "ROME writes one fact at a time and got 2 in a batch: set batch_size to 1, or use MEMIT"
     for refused in (lambda: editor.check(session.workspace, 2), lambda: session.check(requests(), 2)):

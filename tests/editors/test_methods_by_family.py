@@ -21,7 +21,7 @@ from lit_edit.algebra.linalg import fill_silent
 from lit_edit.editors.solvers import MEMIT
 from lit_edit.model.families import Architecture
 from lit_edit.model.workspace import Workspace
-from lit_edit.session import EditSession
+from lit_edit.session import EditSession, Preparation
 
 KINDS = (*MAIN_FAMILIES, *OTHER_FAMILIES)
 METHODS = (
@@ -80,7 +80,7 @@ def test_two_edits(kind: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["memit", "emmet", "wilke"])
 def test_units_that_never_fire_do_not_stop_an_edit(method: str) -> None:
-    session = EditSession(*tiny_model("opt"), quick_editor(method, contexts=False), TEXTS, "given", 3000)
+    session = EditSession(*tiny_model("opt"), quick_editor(method, contexts=False), Preparation(TEXTS, 3000))
     silent = [site for site in session.sites if float(site.covariance.diagonal().min()) < 1e-5]  # type: ignore[union-attr]
     assert silent  # a ReLU unit of layer 1, without which this would show nothing
     check("opt", method, torch.float32)

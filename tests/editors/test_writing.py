@@ -25,7 +25,7 @@ from lit_edit.editors.values import NormMatched, OEdit, ValueOptimizer
 from lit_edit.model.edited_weight import EditedWeight
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.session import EditSession
+from lit_edit.session import EditSession, Preparation
 
 LAYERS = [1, 2]
 two_families = pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)  # stored transposed, and as it is
@@ -226,7 +226,7 @@ def test_a_session_ends_with_what_its_restraints_do_at_the_end(tiny, kind: str) 
     if kind == "rome":
         values = ValueOptimizer("mlp", lr=3.0, lr_unit="relative", steps=5, stop_loss=0.0, weight_decay=0.0)
         editor = LocateThenEdit(FixedLayers([1]), values, ROME(covariance=False), contexts=0, restraints=prune)
-    session = EditSession(model, tokenizer, editor, corpus=(), corpus_name="none")
+    session = EditSession(model, tokenizer, editor, Preparation(corpus=[]))
     site = session.workspace.site(1)
     assert not site.edited
     for request in requests()[:2]:

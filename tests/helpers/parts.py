@@ -52,7 +52,8 @@ def continued(workspace: Workspace, tiny: tuple[Any, Any]) -> Workspace:
     fresh = prepared(tiny, workspace.contexts, workspace.architecture[0].weight.dtype)
     for layer, state in torch.load(file, weights_only=True).items():
         fresh.site(layer).load_state_dict(state)
-    fresh.edits, fresh.finished_at = workspace.edits, workspace.finished_at
+    fresh.history, fresh.last_number = dict(workspace.history), workspace.last_number
+    fresh.finished_at = workspace.finished_at
     return fresh
 
 
