@@ -8,8 +8,10 @@ if __name__ != "lit_edit.callbacks":
 
 from .checkpoint import EditCheckpoint
 from .downstream_eval import DownstreamEval
+from .edit_log import EditLog
 from .every_n import EveryNEdits, count_edits
 from .export import ExportModel
+from .interruption import StopOnSignal
 from .matrix_stability import MatrixStability, matrix_figures, relative_drift, spectrum_drift
 from .progress import EditProgressBar
 from .results_table import ResultsTable
@@ -18,12 +20,14 @@ from .retention import Retention
 __all__ = [
     "DownstreamEval",
     "EditCheckpoint",
+    "EditLog",
     "EditProgressBar",
     "EveryNEdits",
     "ExportModel",
     "MatrixStability",
     "ResultsTable",
     "Retention",
+    "StopOnSignal",
     "count_edits",
     "matrix_figures",
     "relative_drift",

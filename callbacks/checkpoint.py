@@ -7,11 +7,15 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from .every_n import EveryNEdits
+from lit_edit.runs.interrupts import signals_held
+
+from .every_n import EveryNEdits, count_edits
 
 
 class EditCheckpoint(EveryNEdits):
-    """Saves ``edits.ckpt`` every N edits, the newest only; ``fit --ckpt_path`` goes on from it.
+    """Saves ``edits.ckpt`` every N edits, at the end, and where a run is stopped; the newest only.
+
+    ``fit --ckpt_path`` goes on from it.
 
     Lightning's ``ModelCheckpoint`` counts optimiser steps, of which editing has none.
 
@@ -23,11 +27,28 @@ class EditCheckpoint(EveryNEdits):
     def __init__(self, dirpath: str | None = None, every_n: int | list[int] = 25) -> None:
         super().__init__(every_n, at_start=False, at_end=True)
         self.dirpath = dirpath
+        self._path: Path | None = None
+
+    as_if_finished = False
+
+    @property
+    def path(self) -> Path | None:
+        """Of the checkpoint saved last."""
+        return self._path
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # An interrupted run loses no edit; one that never began has none.
+        if trainer.training and count_edits(trainer, pl_module):
+            with signals_held():
+                self.measure(trainer, pl_module, count_edits(trainer, pl_module))
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
         folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
         # This count is measured already as far as a resumed run is concerned.
         self._last_measured = edits
-        trainer.save_checkpoint(folder / "edits.ckpt", weights_only=False)
+        with signals_held():
+            trainer.save_checkpoint(folder / "edits.ckpt", weights_only=False)
+        self._path = folder / "edits.ckpt"
         return {}

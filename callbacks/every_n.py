@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -101,6 +101,10 @@ class EveryNEdits(Callback, ABC):
         self.latest: dict[str, float] = {}
         self._last_measured: int | None = None
 
+    as_if_finished = True
+    """Whether `measure` sees the weights as they would be if the run ended here: within ``pl_module.measuring()``,
+    where the module has that."""
+
     @abstractmethod
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
         """Take the figures of the module as it is now.
@@ -170,7 +174,8 @@ class EveryNEdits(Callback, ABC):
         return edits // self.every_n > last // self.every_n
 
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> None:
-        with as_found(pl_module):
+        measuring = getattr(pl_module, "measuring", nullcontext) if self.as_if_finished else nullcontext
+        with as_found(pl_module), measuring():
             figures = {tag: float(value) for tag, value in self.measure(trainer, pl_module, edits).items()}
         self.latest = figures
         self._last_measured = edits

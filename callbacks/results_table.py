@@ -44,8 +44,15 @@ class ResultsTable(Callback):
             )
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._sum_up(trainer, pl_module)
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `on_train_end` would be too early: callbacks listed after this one take their last measurement there.
+        self._sum_up(trainer, pl_module)
+
+    def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         results = _results_of(trainer)
         if results is None or not trainer.is_global_zero or not results.records:
             return
@@ -57,8 +64,24 @@ class ResultsTable(Callback):
         journal = getattr(pl_module, "journal", None)
         if isinstance(journal, Journal) and len(journal):
             seconds = {stage: round(mean, 6) for stage, mean in journal.seconds_by_stage().items()}
-            results.log_run({"seconds_per_edit": seconds})
+            results.log_run({"seconds_per_edit": seconds, "edits": journal.counts()})
+            said = failures_line(journal)
+            if said:
+                Console(highlight=False).print(said)
         Console().print(results_table(results.records))
+
+
+def failures_line(journal: Journal) -> str:
+    """Which edits were refused, tried again or taken back, in one line; nothing if none was."""
+    counts = journal.counts()
+    words = {"refused": "refused", "retried": "tried again", "undone": "taken back"}
+    said = [f"{counts[name]} {word}" for name, word in words.items() if name in counts]
+    if not said:
+        return ""
+    first = next(edit for edit in journal if edit.status != "written" or edit.tries > 1)
+    return (
+        f"Of {len(journal)} edits {', '.join(said)}; edits.jsonl has the reasons. Edit {first.number}: {first.reason}."
+    )
 
 
 def peak_memory(device: torch.device) -> int | None:

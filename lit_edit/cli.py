@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,28 +29,33 @@ from rich.console import Console
 from lit_edit.callbacks import (
     DownstreamEval,
     EditCheckpoint,
+    EditLog,
     EditProgressBar,
     ExportModel,
     MatrixStability,
     ResultsTable,
     Retention,
+    StopOnSignal,
 )
 from lit_edit.commands import ask, compare, dry_run, export, statistics
+from lit_edit.commands.edited_run import CHECKPOINT, find_run
 from lit_edit.commands.messages import one_line, readable
 from lit_edit.commands.review import review, review_line
 from lit_edit.configs.find import find_config, read_config
 from lit_edit.datamodules import EditDataModule, FactsDataModule
-from lit_edit.editors import Editor
+from lit_edit.editors import Editor, FailedEditError
 from lit_edit.files import check_checkpoint
 from lit_edit.model.families import Architecture
 from lit_edit.model.loading import EMBEDDED
 from lit_edit.model.prompts import check_requests
 from lit_edit.module import LitEdit
+from lit_edit.runs.interrupts import Interrupted
 from lit_edit.runs.results import ResultsLogger
 from lit_edit.trust import check_classes, enforce, refusal
 
 TRACEBACK = "LIT_EDIT_TRACEBACK"
 TRUST = "--trust"
+RESUME = "--resume"
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,20 @@ def _take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return [name.strip() for name in found.trust.split(",") if name.strip()], others
 
 
+def _take_resume(args: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The run named with ``--resume``, and arguments that go on with it."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument(RESUME)
+    found, others = known.parse_known_args(list(args))
+    if found.resume is None:
+        return None, others
+    run = find_run(found.resume)
+    checkpoint = run / CHECKPOINT
+    if not checkpoint.is_file():
+        raise ValueError(f"{run} has no checkpoint to go on from: start the run again.")
+    return run, [*others, "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
+
+
 class _NamedModel(LitEdit):
     """`LitEdit` as a configuration describes it: the model by its name."""
 
@@ -149,6 +169,8 @@ class EditCLI(LightningCLI):
         given = list(sys.argv[1:] if args is None else args)
         self.trusted, given = _take_trust(given)
         enforce(self.trusted)
+        self._made: list[Path] = []
+        self.resumed, given = _take_resume(given)
         resolved, self.run_name = _resolve(given, self.trusted)
         super().__init__(
             _NamedModel,
@@ -219,10 +241,14 @@ class EditCLI(LightningCLI):
             help="packages whose classes the configuration may create beside those of lit_edit, lightning and torch, "
             "separated by commas",
         )
+        parser.add_argument(
+            RESUME, help="go on with an interrupted run: its folder, or `last`; other options as it was started with"
+        )
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(MatrixStability, "stability")
         parser.add_lightning_class_args(DownstreamEval, "downstream")
         parser.add_lightning_class_args(EditCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(EditLog, "updates")
         parser.add_lightning_class_args(ExportModel, "export")
 
     @property
@@ -243,13 +269,24 @@ class EditCLI(LightningCLI):
             try:
                 super()._run_subcommand(subcommand)
             except BaseException:
-                if self.trainer.is_global_zero and not self.model.edits_applied:
-                    _take_back(self._made)
+                if self.trainer.is_global_zero:
+                    if self.model.edits_applied:
+                        self._say_how_to_go_on()
+                    else:
+                        _take_back(self._made)
                 raise
             return
         retention = next((c for c in self.trainer.callbacks if isinstance(c, Retention)), None)  # type: ignore[attr-defined]
         device = self.trainer.strategy.root_device
         dry_run.rehearse(self.model, self.datamodule, retention, device, self.console)
+
+    def _say_how_to_go_on(self) -> None:
+        saved = next((c.path for c in self.trainer.callbacks if isinstance(c, EditCheckpoint)), None)  # type: ignore[attr-defined]
+        if saved is None:
+            return
+        run = Path(self.trainer.log_dir or saved.parent.parent)
+        edits = self.model.edits_applied
+        print(f"{edits} edits are saved. To go on: python train.py fit --resume {shlex.quote(str(run))}", flush=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """TensorBoard under ``runs/<configuration>`` unless told otherwise; ``results.json`` beside it always.
@@ -260,23 +297,42 @@ class EditCLI(LightningCLI):
         if self.dry:
             kwargs["logger"] = False
         elif config.get("logger") in (None, True):
-            root, name = config.get("default_root_dir") or "runs", self.run_name or "edit"
-            version = _version_of(self._get(self.config_init, "ckpt_path"), Path(root, name))
-            kwargs["logger"] = TensorBoardLogger(root, name=name, version=version)
+            folder = self._folder(Path(config.get("default_root_dir") or "runs", self.run_name or "edit"))
+            kwargs["logger"] = TensorBoardLogger(folder.parent.parent, name=folder.parent.name, version=folder.name)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError) as error:
+            _take_back(self._made)
             raise ValueError(f"trainer: {one_line(str(error))}") from error
         if _wants_bar(trainer):
             trainer.callbacks.insert(0, EditProgressBar())  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, _FactsReview())  # type: ignore[attr-defined]
         trainer.callbacks.append(ResultsTable())  # type: ignore[attr-defined]
-        self._made: list[Path] = []
+        trainer.callbacks.append(StopOnSignal())  # type: ignore[attr-defined]
         if trainer.loggers:
             folder = Path(trainer.log_dir or "runs")
             trainer.loggers = [*trainer.loggers, ResultsLogger(folder)]
-            self._made = [place for place in (folder, *folder.parents) if not place.exists()]
+            self._made = self._made or _missing(folder)
         return trainer
+
+    def _folder(self, runs: Path) -> Path:
+        """Of the run: the one resumed, or a new one, made at once so that runs that start together do not share it."""
+        if self.resumed is not None:
+            return self.resumed
+        path = self._get(self.config_init, "ckpt_path")
+        if path and (run := Path(path).expanduser().resolve().parent.parent).parent == runs.resolve():
+            return runs / run.name
+        number = 1 + max((int(p.name[8:]) for p in runs.glob("version_*") if p.name[8:].isdigit()), default=-1)
+        while True:
+            folder = runs / f"version_{number}"
+            missing = _missing(folder)
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+                continue
+            self._made = missing
+            return folder
 
     def before_fit(self) -> None:
         """Notes in ``results.json`` what is run."""
@@ -337,12 +393,9 @@ class _FactsReview(Callback):
             print(review_line(review(data.requests, model, pl_module.prompter)), flush=True)
 
 
-def _version_of(ckpt_path: Any, runs: Path) -> str | None:
-    """The run's folder among others, if that is where a checkpoint to resume from lies."""
-    if not ckpt_path:
-        return None
-    run = Path(ckpt_path).expanduser().resolve().parent.parent
-    return run.name if run.parent == runs.resolve() else None
+def _missing(folder: Path) -> list[Path]:
+    """A folder and those around it, as far as they are not there, the innermost first."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
 
 
 # What a run leaves in its folder before its first edit; a checkpoint or a file of the user's own is none of it.
@@ -423,7 +476,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if given and given[0] in _COMMANDS:
             return _COMMANDS[given[0]].main(given[1:])
         EditCLI(args=given)
-    except (ArgumentError, ValueError, OSError) as error:
+    except Interrupted as stop:
+        print(f"{str(stop).capitalize()}.", file=sys.stderr)
+        return stop.status
+    except (ArgumentError, ValueError, OSError, FailedEditError) as error:
         if os.environ.get(TRACEBACK):
             raise
         denied = re.search(r"Importing '([^']+)' is not allowed", str(error))  # by jsonargparse, before it is imported

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_edit.editors import Editor, Guard, Mending, Plan
@@ -15,9 +18,11 @@ from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.loading import EMBEDDED, load_model, on_terminal, save_model
 from lit_edit.model.prompts import Prompter
 from lit_edit.requests import EditRequest
-from lit_edit.runs.checkpoint import VerifiedCheckpointIO, reopen_end, reopen_epoch
+from lit_edit.runs.checkpoint import VerifiedCheckpointIO, go_on_after, reopen_end, reopen_epoch
 from lit_edit.runs.delta import DeltaHeader, save_delta
+from lit_edit.runs.interrupts import signals_held
 from lit_edit.runs.journal import Edit, Journal
+from lit_edit.runs.updates import LIMIT
 from lit_edit.session import EditSession, Preparation
 from lit_edit.statistics import COMMAND
 
@@ -72,6 +77,7 @@ class LitEdit(L.LightningModule):
         self.session: EditSession | None = None
         self.last_edits: list[Edit] = []
         self._pending: Plan | None = None
+        self._fitted_before = 0  # edits of earlier fits of this object
         self._fingerprint: str | None = None  # of the unedited model
 
     @property
@@ -121,6 +127,27 @@ class LitEdit(L.LightningModule):
         site = next((site for site in self.session.sites if site.name == own), None)
         return self.model.get_parameter(own).detach() if site is None else site.original_stored
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The model as it would be if the run ended here: what an editor does at the end is done, and taken back.
+
+        PRUNE's figures at any count are then those of its paper, which prunes a copy each time.
+        """
+        if self.session is None:
+            yield
+            return
+        workspace = self.session.workspace
+        with workspace.for_now() if self.editor.finishes and workspace.edits else nullcontext():
+            if workspace.edits:
+                self.editor.finish(workspace)
+            yield
+
+    def keep_in(self, folder: Path, before: Path | None = None, limit: int = LIMIT) -> None:
+        """Keeps journal and updates in a run's folder, see `lit_edit.session.EditSession.keep_in`."""
+        session = self._session()
+        session.updates.limit = limit
+        session.keep_in(folder, before)
+
     def _requests(self) -> list[EditRequest]:
         """All requests of the run, where the data module offers them."""
         return list(getattr(getattr(self.trainer, "datamodule", None), "requests", []))
@@ -131,6 +158,7 @@ class LitEdit(L.LightningModule):
             return
         VerifiedCheckpointIO.install(self.trainer)
         if self.session is not None:
+            self._warn_of_repeats()
             return
         device = self.trainer.strategy.root_device
         self.model.to(device)
@@ -150,6 +178,17 @@ class LitEdit(L.LightningModule):
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
         self.session.check(self._requests(), batch_size)
 
+    def _warn_of_repeats(self) -> None:
+        """A second fit may bring the facts of the first."""
+        made = {request.case_id for request in self.edited_requests}
+        again = [request.case_id for request in self._requests() if request.case_id in made]
+        if again:
+            rank_zero_warn(
+                f"{len(again)} of the facts are in the weights already (case {again[0]!r} first) and are written a "
+                "second time: edit a fresh model, or leave them out.",
+                category=UserWarning,
+            )
+
     @staticmethod
     def _announce(said: str) -> None:
         print(f"{said} (`{COMMAND}` with the same options does this beforehand, and goes on if cut.)", flush=True)
@@ -165,6 +204,9 @@ class LitEdit(L.LightningModule):
         `on_train_epoch_end`; callbacks measure the end of the run after this.
         """
         self.model.eval()
+        done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
+        self._fitted_before = max(len(self.journal) - done.ready * batch_size, 0)
         if self.trainer.fit_loop.done:
             self._session().finish()
 
@@ -189,8 +231,9 @@ class LitEdit(L.LightningModule):
     def _apply_pending(self) -> None:
         if self._pending is None:
             return
-        plan, self._pending = self._pending, None
-        self.last_edits = self._session().apply(plan)
+        with signals_held():  # the weights, the journal and the log change together
+            plan, self._pending = self._pending, None
+            self.last_edits = self._session().apply(plan)
         n = len(self.last_edits)
         written = [e for e in self.last_edits if e.change]
         figures = {
@@ -229,6 +272,9 @@ class LitEdit(L.LightningModule):
         epoch: Any = self.trainer.fit_loop.epoch_progress.current
         if epoch.processed > epoch.completed:
             session.finish()
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if batch_size:  # a batch that ended in an error counts as done in Lightning, and has left no edit
+            go_on_after(checkpoint, math.ceil((len(session.journal) - self._fitted_before) / batch_size))
         checkpoint["state_dict"] = {}
         checkpoint[CHECKPOINT_KEY] = {"original": self._fingerprint, **session.state_dict()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def size_text(size: float) -> str:
     """Bytes for people: ``850 kB``, ``1.2 GB``."""
@@ -9,6 +11,20 @@ def size_text(size: float) -> str:
     while size >= 999.5 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{size:.3g} {units[0]}"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size for people: ``2GB``, ``850 kB``, ``1000``.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(text, int) and text >= 0:
+        return text
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([kMGT]?)B?", str(text).strip())
+    if found is None:
+        raise ValueError(f"{text!r} is not a size: 2GB, 850MB and 0 are.")
+    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
 
 
 def time_text(seconds: float) -> str:

@@ -22,6 +22,26 @@ from lit_edit.runs.results import ResultsError, read_results
 CHECKPOINT = Path("checkpoints", "edits.ckpt")
 
 
+def find_run(name: str | Path) -> Path:
+    """The folder of a run.
+
+    Args:
+        name: The folder; or ``last`` for the newest one below ``runs``.
+
+    Raises:
+        ValueError: If there is no run.
+    """
+    if str(name) == "last":
+        found = sorted(Path("runs").glob("*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise ValueError("There is no run below ./runs: name the folder of one.")
+        return found[-1].parent
+    folder = Path(name).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is no folder of a run: it has no config.yaml.")
+    return folder
+
+
 @dataclass(frozen=True)
 class EditedRun:
     """What a run edited, and where the result is.
@@ -58,9 +78,7 @@ class EditedRun:
         """
         if run is None and checkpoint is None:
             raise ValueError("Which run? --run runs/mose/version_0, or --ckpt_path of a checkpoint in a run's folder.")
-        folder = (run if run is not None else Path(str(checkpoint)).resolve().parent.parent).expanduser()
-        if not (folder / "config.yaml").is_file():
-            raise ValueError(f"{folder} is no folder of a run: it has no config.yaml.")
+        folder = find_run(run if run is not None else Path(str(checkpoint)).resolve().parent.parent)
         config = read_config(str(folder / "config.yaml"))
         settings = config.get("model") or {}
         if checkpoint is None:

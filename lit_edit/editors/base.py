@@ -91,6 +91,11 @@ class Editor(Configured, ABC):
         return any(restraint.needs_gradient for restraint in self.restraints)
 
     @property
+    def finishes(self) -> bool:
+        """Whether `finish` has anything to do."""
+        return any(type(restraint).finish is not Restraint.finish for restraint in self.restraints)
+
+    @property
     def context_sampling(self) -> tuple[int, int]:
         """(number, length in tokens) of generated context prefixes; (0, 0) for none."""
         return (0, 0)

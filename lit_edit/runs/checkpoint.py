@@ -43,6 +43,16 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             trainer.strategy.checkpoint_io = cls()
 
 
+def go_on_after(checkpoint: dict[str, Any], batches: int) -> None:
+    """Lets Lightning go on after so many batches, where it counts one more as done than has left edits."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    counts = progress["current"]
+    if counts["processed"] > batches or counts["ready"] > batches:
+        for kind in counts:
+            counts[kind] = batches
+        progress["is_last_batch"] = False
+
+
 def reopen_epoch(checkpoint: dict[str, Any]) -> None:
     """Lets Lightning go on in an epoch that was finished when the data had fewer requests.
 
