@@ -37,18 +37,18 @@ from lit_edit.callbacks import (
     Retention,
     StopOnSignal,
 )
-from lit_edit.commands import ask, compare, dry_run, export, statistics
+from lit_edit.commands import ask, compare, dry_run, export, statistics, undo
 from lit_edit.commands.edited_run import CHECKPOINT, find_run
 from lit_edit.commands.messages import one_line, readable
 from lit_edit.commands.review import review, review_line
 from lit_edit.configs.find import find_config, read_config
 from lit_edit.datamodules import EditDataModule, FactsDataModule
 from lit_edit.editors import Editor, FailedEditError
-from lit_edit.files import check_checkpoint
+from lit_edit.files import check_checkpoint, load_checkpoint
 from lit_edit.model.families import Architecture
 from lit_edit.model.loading import EMBEDDED
 from lit_edit.model.prompts import check_requests
-from lit_edit.module import LitEdit
+from lit_edit.module import CHECKPOINT_KEY, LitEdit
 from lit_edit.runs.interrupts import Interrupted
 from lit_edit.runs.results import ResultsLogger
 from lit_edit.trust import check_classes, enforce, refusal
@@ -71,6 +71,12 @@ _COMMANDS = {
     "compare": _Command(compare.main, compare.SUMMARY, "train.py compare --configs mose rome"),
     "export": _Command(export.main, export.SUMMARY, "train.py export --run runs/mose/version_0 --out edited-model"),
     "ask": _Command(ask.main, ask.SUMMARY, 'train.py ask --run runs/mose/version_0 "The capital of France is"'),
+    "undo": _Command(
+        lambda args: undo.undo(args, _opened), undo.UNDO, "train.py undo --run runs/mose/version_0 --last 3"
+    ),
+    "replay": _Command(
+        lambda args: undo.replay(args, _opened), undo.REPLAY, "train.py replay --run runs/mose/version_0"
+    ),
     "statistics": _Command(
         lambda args: statistics.main(args, _ready), statistics.SUMMARY, "train.py statistics --config memit.yaml"
     ),
@@ -374,6 +380,19 @@ def _ready(args: list[str]) -> tuple[LitEdit, torch.device]:
     """The module that ``fit`` with these arguments would run, and where it would compute."""
     made = _Unstarted([*args, "--trainer.logger=false"])
     return made.model, made.trainer.strategy.root_device
+
+
+def _opened(run: Path) -> LitEdit:
+    """The module of a run, as its checkpoint has it."""
+    checkpoint = load_checkpoint(run / CHECKPOINT) if (run / CHECKPOINT).is_file() else None
+    if checkpoint is None:
+        raise ValueError(f"{run} has no checkpoint: the run made no edit, or was killed before it saved one.")
+    made = _Unstarted(["fit", "--config", str(run / "config.yaml"), "--trainer.logger=false"])
+    made.datamodule.setup("fit")
+    requests = made.datamodule.requests
+    made.model.open(requests, made.trainer.strategy.root_device)
+    made.model.restore(checkpoint.get(CHECKPOINT_KEY), requests)
+    return made.model
 
 
 class _FactsReview(Callback):

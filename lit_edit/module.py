@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,24 @@ class LitEdit(L.LightningModule):
         if self.session is not None:
             self._warn_of_repeats()
             return
-        device = self.trainer.strategy.root_device
+        bar = self.trainer.progress_bar_callback is not None and on_terminal()
+        zero = self.trainer.is_global_zero
+        self.open(self._requests(), self.trainer.strategy.root_device, progress=zero and bar, announce=zero)
+        # Without a data module of this project the requests are seen, and checked, batch by batch only.
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
+        self._session().check(self._requests(), batch_size)
+
+    def open(
+        self, requests: Sequence[EditRequest], device: torch.device, progress: bool = False, announce: bool = False
+    ) -> EditSession:
+        """Opens the session on the unedited model, as a fit does.
+
+        Args:
+            requests: Those to come, or those of the run that is to be restored.
+            device: Where to compute.
+            progress: Show a bar while statistics are collected.
+            announce: Say how long that takes, if it is more than a minute.
+        """
         self.model.to(device)
         self.session = EditSession(
             self.model,
@@ -168,15 +185,34 @@ class LitEdit(L.LightningModule):
             self.editor,
             self.preparation,
             self.mending,
-            self._requests(),
+            requests,
             self.guard,
-            progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None and on_terminal(),
-            notify=self._announce if self.trainer.is_global_zero else None,
+            progress=progress,
+            notify=self._announce if announce else None,
         )
         self._fingerprint = model_fingerprint(self.model)
-        # Without a data module of this project the requests are seen, and checked, batch by batch only.
-        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
-        self.session.check(self._requests(), batch_size)
+        return self.session
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the edits, under `CHECKPOINT_KEY`."""
+        return {"original": self._fingerprint, **self._session().state_dict()}
+
+    def restore(self, state: Mapping[str, Any] | None, requests: Sequence[EditRequest]) -> EditSession:
+        """Restores `state`'s result on the unedited model.
+
+        Raises:
+            ValueError: If it is none, or of another model, other layers or other settings.
+        """
+        session = self._session()
+        if state is None:
+            raise ValueError("The checkpoint was not made by LitEdit: it holds no record of edits.")
+        if state.get("original") != self._fingerprint:
+            raise ValueError(
+                "The checkpoint was made from another model, or the same in another dtype: resume with the model and "
+                "dtype the run was started with."
+            )
+        session.load_state_dict(state, requests)
+        return session
 
     def _warn_of_repeats(self) -> None:
         """A second fit may bring the facts of the first."""
@@ -276,7 +312,7 @@ class LitEdit(L.LightningModule):
         if batch_size:  # a batch that ended in an error counts as done in Lightning, and has left no edit
             go_on_after(checkpoint, math.ceil((len(session.journal) - self._fitted_before) / batch_size))
         checkpoint["state_dict"] = {}
-        checkpoint[CHECKPOINT_KEY] = {"original": self._fingerprint, **session.state_dict()}
+        checkpoint[CHECKPOINT_KEY] = self.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what `on_save_checkpoint` kept; the originals are the model's weights as they are now, unedited.
@@ -284,16 +320,8 @@ class LitEdit(L.LightningModule):
         Raises:
             ValueError: If the checkpoint is none of an editing run, or of another model or other layers.
         """
-        session, state = self._session(), checkpoint.get(CHECKPOINT_KEY)
-        if state is None:
-            raise ValueError("The checkpoint was not made by LitEdit: it holds no record of edits.")
-        if state.get("original") != self._fingerprint:
-            raise ValueError(
-                "The checkpoint was made from another model, or the same in another dtype: resume with the model and "
-                "dtype the run was started with."
-            )
         requests = self._requests()
-        session.load_state_dict(state, requests)
+        session = self.restore(checkpoint.get(CHECKPOINT_KEY), requests)
         if len(session.journal) < len(requests):
             reopen_epoch(checkpoint)
         else:

@@ -533,6 +533,11 @@ class EditSession:
         self._mended_at = int(state["mended_at"])
         self._kept_before = int(state["updates"]["last"])
 
+    def kept_updates(self, folder: Path) -> UpdateLog:
+        """The updates in a run's folder that belong to the restored checkpoint; the folder stays as it is."""
+        found = UpdateLog(folder / UPDATES, self.updates.limit)
+        return found if len(found) == self._kept_before else found.up_to(self._kept_before)
+
     def keep_in(self, folder: Path, before: Path | None = None) -> None:
         """Keeps journal and updates in a run's folder from now on.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.loading import EMBEDDED, load_model
 from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.runs.results import ResultsError, read_results
+from lit_edit.runs.updates import FOLDER, UpdateLog
 
 CHECKPOINT = Path("checkpoints", "edits.ckpt")
 
@@ -50,6 +52,7 @@ class EditedRun:
         model: ``embedded``, a folder or a hub name: the model before the first edit.
         dtype: in which it was edited.
         checkpoint: the file with the edited weights.
+        folder: of the run.
         method: for people; empty if not known.
         chat_template: whether prompts are put into the tokenizer's chat template.
         on_bad_record: what the run did with facts that cannot be edited.
@@ -59,6 +62,7 @@ class EditedRun:
     model: str
     dtype: str
     checkpoint: Path
+    folder: Path
     method: str = ""
     chat_template: bool = False
     on_bad_record: OnBadRecord = "raise"
@@ -93,6 +97,7 @@ class EditedRun:
             named,
             settings.get("dtype", "float32"),
             checkpoint,
+            folder,
             _method(folder),
             in_chat,
             "skip" if skips else "raise",
@@ -109,11 +114,12 @@ class EditedRun:
         return model.eval().requires_grad_(False), tokenizer
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> Applied:
+    def apply(self, model: nn.Module, at: int | None = None) -> Applied:
         """Turns the model as `load` gave it into the edited one, in place.
 
         Args:
             model: The unedited model.
+            at: As it was after so many edits, by the updates that the run has kept; as it is in the checkpoint if None.
 
         Raises:
             ValueError: If the checkpoint cannot be read, was not made by a run of edits, or belongs to another model;
@@ -136,9 +142,24 @@ class EditedRun:
             site.check_state(state)
         for layer, state in content["sites"].items():
             sites[layer].load_state_dict(state)
+        edits = len([edit for edit in content["journal"]["edits"] if edit["status"] == "written"])
+        if at is not None:
+            edits = self._go_to(sites, at, len(content["journal"]["edits"]))
+        for layer in sites:
             if sites[layer].edited:
                 originals[sites[layer].name] = sites[layer].original_stored
-        return Applied(fingerprint, originals, len(content["journal"]["edits"]))
+        return Applied(fingerprint, originals, edits)
+
+    def _go_to(self, sites: Mapping[int, EditedWeight], at: int, made: int) -> int:
+        """Puts layers to what they were after ``at`` edits, and counts those in the weights."""
+        if not 0 <= at <= made:
+            raise ValueError(f"The run made {made} edits: --at takes a number from 0 to {made}, not {at}.")
+        log = UpdateLog(self.folder / FOLDER)
+        if at and not len(log):
+            raise ValueError(f"{self.folder} has kept no updates, by which alone there is a model after {at} edits.")
+        last = log.until(at)
+        log.compose(sites, until=last)
+        return len({number for write in log.standing(last) for number in write.numbers})
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ small file for `lit_edit.load_delta`, or both. The original model must be where 
 
 _EPILOG = """\
   python train.py export --run runs/mose/version_0 --out edited-model
+  python train.py export --run runs/mose/version_0 --at 25 --out after-25-edits
   python train.py export --run runs/rome/version_0 --delta rome.safetensors --tolerance 1e-4"""
 
 
@@ -30,6 +31,7 @@ def parser() -> Parser:
     options.add_argument("--run", type=Path, metavar="FOLDER", help="the run, a folder with config.yaml")
     options.add_argument("--ckpt_path", type=Path, metavar="FILE", help="a checkpoint other than the run's own")
     options.add_argument("--original", metavar="MODEL", help="where the unedited model is now, if it has moved")
+    options.add_argument("--at", type=int, metavar="N", help="as the model was after N edits (default: after all)")
     options.add_argument("--out", type=Path, metavar="FOLDER", help="where the model goes; must be empty or new")
     options.add_argument(
         "--max_shard_size", default="5GB", metavar="SIZE", help="largest file of weights (default: %(default)s)"
@@ -62,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
         raise ValueError(f"export: there is something at {given.out} already; name a new folder.")
     run = EditedRun.find(given.run, given.ckpt_path, given.original)
     model, tokenizer = run.load()
-    applied = run.apply(model)
+    applied = run.apply(model, given.at)
     print(f"{applied.edits} edits{f' with {run.method}' if run.method else ''} to {run.model!r}.")
     if given.delta is not None:
         header = save_delta(

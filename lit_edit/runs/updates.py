@@ -146,9 +146,9 @@ class UpdateLog:
     @property
     def writes(self) -> list[Write]:
         """The writes that are in the weights, oldest first; those merged into the first point are not listed."""
-        return self._standing(len(self))
+        return self.standing(len(self))
 
-    def _standing(self, last: int) -> list[Write]:
+    def standing(self, last: int) -> list[Write]:
         """Writes that were in the weights after file number ``last``."""
         base = self._base(last)
         seen = [write for index, write in sorted(self._writes.items()) if base < index <= last]
@@ -246,7 +246,7 @@ class UpdateLog:
             state = {"layer": torch.tensor(step.layer), "requests": torch.tensor(step.requests)}
             state |= step.update.state_dict()
             tensors |= {f"{i:03d}.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        sums = tuple((layer, checksum(sites[layer].stored)) for layer in sorted({step.layer for step in written}))
+        sums = tuple((layer, checksum_of(sites[layer].stored)) for layer in sorted({step.layer for step in written}))
         self._keep(Write(len(self) + 1, kind, tuple(numbers), tuple(kept_with), (), edits, sums), tensors)
         last = max(self._points(len(self)), default=0)
         since = sum(size for index, size in self._sizes.items() if index > last)
@@ -297,7 +297,11 @@ class UpdateLog:
     # Going back
 
     def compose(
-        self, sites: Mapping[int, EditedWeight], without: Collection[int] = (), until: int | None = None
+        self,
+        sites: Mapping[int, EditedWeight],
+        without: Collection[int] = (),
+        until: int | None = None,
+        verify: bool = False,
     ) -> list[Write]:
         """Writes to the layers what the log says, from the nearest point on, in the order of the writes.
 
@@ -308,23 +312,26 @@ class UpdateLog:
             sites: Layers by index. One that no write is left of is put back as it was before the first edit.
             without: Numbers of writes to leave out.
             until: Number of the last write to apply; all if None.
+            verify: Begin with the oldest weights there are, and compare layers with the checksums noted when they were
+                written; of writes that came after one that was taken back later there is none that could agree.
 
         Returns:
             The writes that were applied after the point.
 
         Raises:
             ValueError: If what is asked for lies before all that is kept.
-            lit_edit.files.DamagedFileError: If a file is not what was written.
+            lit_edit.files.DamagedFileError: If a file is not what was written, or a layer does not become what it was.
         """
         last = len(self) if until is None else until
-        left = [write for write in self._standing(last) if write.index not in without]
+        left = [write for write in self.standing(last) if write.index not in without]
         first = min([*without, last + 1])
         base = self._base(last)
         if base >= first:
             raise ValueError(
                 f"The weights of that point are no longer kept (the limit of {size_text(self.limit)} was reached)."
             )
-        point = max((point for point in self._points(last) if point < first), default=0)
+        points = [point for point in self._points(last) if point < first]
+        point = base if verify else max(points, default=0)
         tensors = load_tensors(self.path(point))[0] if point else {}
         states: dict[int, dict[str, Tensor]] = {layer: {} for layer in sites}
         for name, tensor in tensors.items():
@@ -339,7 +346,19 @@ class UpdateLog:
                 site.write(step.update)
                 if step.requests:
                     site.count(step.requests, step.update.rank(site.weight))
+            if verify and self._as_it_was(write, last):
+                for place, checksum in write.checksums:
+                    if checksum_of(sites[place].stored) != checksum:
+                        raise DamagedFileError(
+                            f"{self.path(write.index)} does not make layer {place} what it was: the unedited model is "
+                            "another, or this machine computes otherwise."
+                        )
         return applied
+
+    def _as_it_was(self, write: Write, last: int) -> bool:
+        """Whether nothing that was in the weights before a write was taken back after it."""
+        undos = [found for index, found in self._writes.items() if write.index < index <= last and found.dropped]
+        return not any(index < write.index for undo in undos for index in undo.dropped)
 
     def until(self, edits: int) -> int:
         """Number of the last write before the edit after the first ``edits``."""
@@ -375,15 +394,20 @@ class UpdateLog:
             With the files up to ``last``; empty if they are not all there.
         """
         found = cls(source, limit)
-        if len(found) < last:
-            found = cls(None, limit)
-        elif source.resolve() != target.resolve():
-            found._writes = {index: write for index, write in found._writes.items() if index <= last}
-            found._sizes = {index: found._sizes[index] for index in found._writes}
-        else:
+        if source.resolve() == target.resolve() and len(found) >= last:
             found.cut(last)
-            return found
-        found.move_to(target)
+        else:
+            found = found.up_to(last)
+            found.move_to(target)
+        return found
+
+    def up_to(self, last: int) -> UpdateLog:
+        """The same log as it was after file number ``last``, for reading; empty if not all files up to it are there."""
+        found = UpdateLog(None, self.limit)
+        if len(self) >= last:
+            found._folder = self._folder
+            found._writes = {index: write for index, write in self._writes.items() if index <= last}
+            found._sizes = {index: self._sizes[index] for index in found._writes}
         return found
 
     def cut(self, last: int) -> None:
@@ -396,6 +420,6 @@ class UpdateLog:
         return {"last": len(self)}
 
 
-def checksum(tensor: Tensor) -> int:
+def checksum_of(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
     return zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
