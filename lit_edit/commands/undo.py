@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lit_edit.commands.edited_run import CHECKPOINT, find_run
 from lit_edit.commands.options import Parser
-from lit_edit.files import load_checkpoint, save_checkpoint
+from lit_edit.files import load_checkpoint, save_checkpoint, write_json
 from lit_edit.module import CHECKPOINT_KEY, LitEdit
+from lit_edit.runs.results import FILE_NAME, read_results
 
 UNDO = "Take edits of a run back: the last ones, or any others."
 REPLAY = "Make the edited model of a run again from its updates, and compare every step."
@@ -61,6 +62,9 @@ def undo(args: Sequence[str], open_run: Open) -> int:
     checkpoint = load_checkpoint(run / CHECKPOINT)
     checkpoint[CHECKPOINT_KEY] = module.state()
     save_checkpoint(run / CHECKPOINT, checkpoint)
+    if (run / FILE_NAME).is_file():
+        results = read_results(run)
+        write_json(run / FILE_NAME, {"run": results.run | {"edits": journal.counts()}, "records": results.records})
     left = session.workspace.edits
     print(f"Taken back: {_listed(gone)}. {left} edits are in the weights.")
     for event in journal.events[before:]:
