@@ -49,12 +49,11 @@ from lit_edit.editors.values import NormClamp, NormMatched, ValueOptimizer, Valu
 from lit_edit.evaluation.scores import TOKENS_PER_BATCH, score_targets
 from lit_edit.model.edited_weight import EditedWeight
 from lit_edit.model.hooks import change_outputs, logits_only_at
-from lit_edit.model.loading import EMBEDDED, load_model
+from lit_edit.model.loading import load_model
 from lit_edit.model.prompts import Prompter, Row, sample_contexts
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.session import EditSession
-from lit_edit.statistics.corpora import load_corpus
+from lit_edit.session import EditSession, Preparation
 
 PUBLISHED_SAMPLE = 3  # requests that the published way is timed on; it takes them one at a time anyway
 COMPLETE_SAMPLE = 10  # requests that complete passes are timed on at most
@@ -388,7 +387,7 @@ def bench_edits(args: argparse.Namespace) -> list[dict[str, Any]]:
         data = CounterFactDataModule(n_edits=args.whole_edits, seed=0)
         data.setup("fit")
         model, tokenizer = load_model()
-        session = EditSession(model, tokenizer, load_editor(method), load_corpus(), EMBEDDED, args.tokens)
+        session = EditSession(model, tokenizer, load_editor(method), Preparation(corpus_tokens=args.tokens))
         times = []
         for request in data.requests:
             start = time.perf_counter()
@@ -461,9 +460,8 @@ def bench_large(args: argparse.Namespace) -> list[dict[str, Any]]:
             constraint = NormMatched() if isinstance(solver, MOSE) else NormClamp(4.0)
             values = ValueOptimizer(constraint=constraint, stop_loss=0.0)
             editor = LocateThenEdit(FixedLayers([layer]), values, solver, contexts=20, context_length=10)
-            session = EditSession(
-                model, tokenizer, editor, load_corpus(), EMBEDDED, args.large_tokens, cache_dir=cache.name
-            )
+            how = Preparation(corpus_tokens=args.large_tokens, cache_dir=cache.name)
+            session = EditSession(model, tokenizer, editor, how)
             method, times = type(solver).__name__, []
             for request in data.requests:
                 start = now()

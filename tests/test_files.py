@@ -13,44 +13,42 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import tiny_model
+from helpers.sites import site_of
 
 from lit_edit import files
+from lit_edit.algebra.updates import LowRank
 from lit_edit.editors.mend.network import HyperNetwork, HyperNetworkError
 from lit_edit.files import DamagedFileError
+from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.runs.delta import DeltaError, load_delta, save_delta
-from lit_edit.statistics import (
-    StatisticsError,
-    StatisticsHeader,
-    load_covariances,
-    load_gradients,
-    model_fingerprint,
-    save_covariances,
-    save_gradients,
-)
+from lit_edit.runs.updates import UpdateLog
+from lit_edit.statistics import Header, StatisticsError
+from lit_edit.statistics.store import load, save
 
 FLIPS, CUTS = 60, 12
-HEADER = StatisticsHeader("key_covariance", "m", "t", ("a",), "c", "s", 10, 8, 5, "u")
-GRADIENT = StatisticsHeader("lm_gradient", "m", "t", ("a",), "c", "s", 10, 8, 5, "u")
+HEADER = Header("key_covariance", "m", "t", ("a",), "c", "s", 10, 8, 5, "u")
+GRADIENT = replace(HEADER, kind="lm_gradient")
 
 
 def _covariance(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
     keys = torch.randn(6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gram = keys @ keys.T
     path = folder / "c.safetensors"
-    save_covariances(path, {"a": (gram + gram.T) / 2}, HEADER)
-    return path, lambda file: load_covariances(file, HEADER)
+    save(path, (gram + gram.T) / 2, HEADER)
+    return path, lambda file: load(file, HEADER)
 
 
 def _gradient(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
     path = folder / "g.safetensors"
-    save_gradients(path, {"a": torch.arange(12.0, dtype=torch.float64).reshape(3, 4)}, GRADIENT)
-    return path, lambda file: load_gradients(file, GRADIENT)
+    save(path, torch.arange(12.0, dtype=torch.float64).reshape(3, 4), GRADIENT)
+    return path, lambda file: load(file, GRADIENT)
 
 
 def _delta(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
@@ -69,13 +67,27 @@ def _network(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
     return network.save(folder, torch.nn.Linear(2, 2)), HyperNetwork.load
 
 
+def _update(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
+    site, log = site_of(torch.randn(4, 6, generator=torch.Generator().manual_seed(1))), UpdateLog(folder)
+    written = site.write(LowRank(torch.ones(4, 1), torch.ones(1, 6)))
+    log.add("edit", [written], {3: site}, [1], edits=1)
+    return log.path(1), lambda file: UpdateLog(file.parent).steps(log.writes[0])
+
+
 def _checkpoint(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
     path = folder / "edits.ckpt"
     files.save_checkpoint(path, {"state_dict": {"w": torch.arange(30.0)}, "lit_edit": {"journal": [{"number": 1}]}})
     return path, files.load_checkpoint
 
 
-KINDS = {"covariance": _covariance, "gradient": _gradient, "delta": _delta, "network": _network, "ckpt": _checkpoint}
+KINDS = {
+    "covariance": _covariance,
+    "gradient": _gradient,
+    "delta": _delta,
+    "network": _network,
+    "update": _update,
+    "ckpt": _checkpoint,
+}
 REFUSED = (DamagedFileError, StatisticsError, DeltaError, HyperNetworkError)
 
 
@@ -111,12 +123,14 @@ def test_no_flipped_bit_and_no_cut_is_taken_for_content(kind: str, tmp_path: Pat
 )
 def test_a_covariance_is_a_sum_of_keys(tmp_path: Path, matrix: list[list[float]], refused: bool) -> None:
     path = tmp_path / "c"
-    files.save_tensors(path, {"a": torch.tensor(matrix, dtype=torch.float64)}, {"statistics": HEADER.to_json()})
+    files.save_tensors(
+        path, {"a": torch.tensor(matrix, dtype=torch.float64)}, {"statistics": json.dumps(asdict(HEADER))}
+    )
     if refused:
         with pytest.raises(StatisticsError, match="is no sum of keys"):
-            load_covariances(path, HEADER)
+            load(path, HEADER)
     else:
-        assert load_covariances(path, HEADER)["a"].tolist() == matrix
+        assert load(path, HEADER)[0].tolist() == matrix
 
 
 def test_what_is_written_is_deterministic(tmp_path: Path) -> None:
@@ -238,6 +252,7 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
 KILLED = """
 import sys, torch
 from lit_edit import files
+from lit_edit.algebra.updates import LowRank
 i = 0
 while True:
     i += 1

@@ -15,7 +15,7 @@ from lit_edit.editors.restraints import PRUNE
 from lit_edit.editors.solvers import MEMIT
 from lit_edit.files import DamagedFileError
 from lit_edit.requests import EditRequest
-from lit_edit.runs.updates import UpdateLog, checksum
+from lit_edit.runs.updates import UpdateLog, checksum_of
 from lit_edit.session import EditSession
 
 pytestmark = pytest.mark.filterwarnings("ignore:The key covariance was counted over")
@@ -214,7 +214,7 @@ def test_kept_updates_name_what_they_are_and_are_verified(tmp_path: Path) -> Non
     write(opened, FACTS[:2])
     log = UpdateLog(tmp_path / "updates")
     assert [(w.kind, w.numbers, w.edits) for w in log.writes] == [("edit", (1,), 1), ("edit", (2,), 2)]
-    assert dict(log.writes[-1].checksums) == {s.layer: checksum(s.stored) for s in opened.sites}
+    assert dict(log.writes[-1].checksums) == {s.layer: checksum_of(s.stored) for s in opened.sites}
     path = log.path(1)
     content = bytearray(path.read_bytes())
     content[-5] ^= 1

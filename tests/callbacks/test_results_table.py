@@ -50,8 +50,8 @@ def test_a_journal_leaves_the_mean_seconds_by_stage(editor, make_trainer, edit_l
     editor.journal = Journal()
     for number, mine in enumerate(stages, start=1):
         request = EditRequest(str(number), "The capital of Peru is", "Peru", "Oslo")
-        edit = Edit(number, str(number), request.prompt, "Peru", "Oslo", [1], 0.0, 1.0, 1.0, 1, {"1": 0.1}, 0.0, mine)
-        editor.journal.add(request, replace(edit, seconds=sum(mine.values())))
+        edit = Edit(number, str(number), request.prompt, "Peru", "Oslo", [1], 0.0, 1.0, 1.0, 1, {"1": 0.1}, 0.0)
+        editor.journal.add(request, replace(edit, seconds=sum(mine.values()), stages=mine))
     make_trainer(ResultsTable(), Reliability(), logger=ResultsLogger(tmp_path)).fit(editor, edit_loader(2, 1))
     found = read_results(tmp_path).run["seconds_per_edit"]
     assert found == {"values": 2.0, "solve": 0.5, "write": 0.25, "total": 2.75}

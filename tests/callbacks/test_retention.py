@@ -16,7 +16,9 @@ from lit_edit.callbacks import EditCheckpoint, EveryNEdits, ExportModel, Retenti
 from lit_edit.datamodules import FactsDataModule
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_edit import LitEdit, LocalityReference, evaluate
+from lit_edit import LitEdit, Reference, evaluate
+from lit_edit.evaluation.evaluate import figures
+from lit_edit.evaluation.scope import EditedFacts
 from lit_edit.model.prompts import Prompter
 from lit_edit.runs.results import ResultsLogger, read_results
 
@@ -26,6 +28,7 @@ pytestmark = [
 ]
 
 Folder = Callable[[str], Path]
+FIGURES = ("reliability", "generalization", "locality")
 
 
 @pytest.fixture
@@ -39,12 +42,14 @@ class Own(EveryNEdits):
 
     def __init__(self, module: LitEdit, asked: list[Any], every_n: int) -> None:
         super().__init__(every_n)
-        self.asked, self.reference, self.found = asked, LocalityReference(), dict[int, dict[str, float]]()
+        self.asked, self.reference, self.found = asked, Reference(), dict[int, dict[str, float]]()
         self.reference.collect(module.model, Prompter(module.tokenizer, 128), asked)
 
     def measure(self, trainer: Trainer, pl_module: Any, edits: int) -> dict[str, float]:
         asked = self.asked[:edits] if edits else self.asked
-        self.found[edits] = evaluate(pl_module.model, Prompter(pl_module.tokenizer, 128), asked, self.reference)
+        facts = EditedFacts(asked[:edits])
+        prompter = Prompter(pl_module.tokenizer, 128)
+        self.found[edits] = figures(evaluate(pl_module.model, prompter, asked, self.reference, edited=facts))
         return {}
 
 
@@ -57,7 +62,7 @@ def test_it_scores_the_edits_so_far_and_all_at_the_baseline(module: LitEdit, tmp
     found = {r["edits"]: {k: v for k, v in r.items() if k != "edits"} for r in read_results(tmp_path / "log").records}
     assert found == own.found
     assert list(found) == [0, 2, 4, 5]
-    assert all(set(figures) == {"reliability", "generalization", "locality"} for figures in found.values())
+    assert all(set(FIGURES) == {n for n in figures if "/" not in n} for figures in found.values())
     assert found[0]["locality"] == 1
     assert found[5]["locality"] < 1
 
@@ -79,18 +84,19 @@ def test_a_second_fit_says_what_its_new_probes_are_compared_with(module: LitEdit
     retention = Retention()
     trainer(tmp_path, retention).fit(module, datamodule=data(tmp_path, 2))
     more = FactsDataModule(str(write_facts(tmp_path, 4)), offset=2)
-    with pytest.warns(UserWarning, match="compares 2 locality probes with the model as it is after 2 edits"):
+    with pytest.warns(UserWarning, match="compares 4 questions with the model as it is after 2 edits"):
         trainer(tmp_path, retention).fit(module, datamodule=more)
     assert len(module.edited_requests) == 4
-    assert set(retention.latest) == {"reliability", "generalization", "locality"}
+    assert {name for name in retention.latest if "/" not in name} == set(FIGURES)
 
 
 def test_saved_references_count_more_than_those_of_the_resumed_model() -> None:
     """It may have been given as an edited one; what the checkpoint does not know stays."""
     resumed = Retention()
     resumed._reference.answers = {"known": [1], "new": [2]}
-    resumed.load_state_dict({"last_measured": 3, "reference": {"known": [9]}})
-    assert resumed.state_dict() == {"last_measured": 3, "reference": {"known": [9], "new": [2]}}
+    saved = {"last_measured": 3, "at_once": {"reliability": [1.0]}}
+    resumed.load_state_dict({**saved, "reference": {"known": [9]}})
+    assert resumed.state_dict() == {**saved, "reference": {"known": [9], "new": [2]}}
 
 
 def test_it_needs_a_module_that_edits(tmp_path: Path) -> None:
@@ -125,7 +131,7 @@ def test_checkpoints_are_made_every_n_edits_and_at_the_end(
     assert saved == [(2, path), (4, path), (5, path)]
     assert [p.name for p in path.parent.iterdir()] == ["edits.ckpt"]
     content = torch.load(path, weights_only=True)
-    assert len(content["lit_edit"]["journal"]) == 5
+    assert len(content["lit_edit"]["journal"]["edits"]) == 5
     # A resumed run need not save again what it has just read.
     assert content["callbacks"]["EditCheckpoint"] == {"last_measured": 5}
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_edit.cli import main
 from lit_edit.commands.ask import answer
-from lit_edit.evaluation.scores import LocalityReference, evaluate
+from lit_edit.evaluation.evaluate import Reference, evaluate, figures
 from lit_edit.model.loading import load_model
 from lit_edit.model.prompts import Prompter
 from lit_edit.requests import EditRequest
@@ -88,8 +88,9 @@ def test_facts_are_judged_as_a_run_judges_them(folders: tuple[Path, Path], tmp_p
         EditRequest(f["case_id"], f["prompt"].format(f["subject"]), f["subject"], f["target_new"]) for f in FACTS
     ]
     found = answer(model, prompter, [], requests, 1)
-    wanted = evaluate(model, prompter, requests, LocalityReference())["reliability"]
-    assert sum(found.holds) / len(requests) == pytest.approx(wanted)
+    judged = evaluate(model, prompter, requests, Reference())
+    assert found.holds == [outcome.own.exact for outcome in judged]
+    assert sum(found.holds) / len(requests) == pytest.approx(figures(judged)["reliability"])
 
 
 def test_prompts_come_from_standard_input(

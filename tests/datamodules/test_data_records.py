@@ -34,7 +34,7 @@ def test_counterfact() -> None:
         probes=(
             Probe("generalization", "Ships sail. Ada Lovelace is native to", "Lima"),
             Probe("generalization", "Ada Lovelace comes from", "Lima"),
-            Probe("locality", "John Keats was born in", "London", "neighborhood"),
+            Probe("locality", "John Keats was born in", "London", "neighborhood", "P19"),
             Probe("generation", "Ada Lovelace lives in"),
             Probe("generation", "Ada Lovelace's home"),
         ),
@@ -51,7 +51,7 @@ def test_counterfact_extensions() -> None:
     request = counterfact_request(record, SOURCE, "3")
     assert request.probes_of("portability") == (Probe("portability", "Which sea is near?", "Pacific", "one_hop"),)
     assert request.probes_of("locality")[1:] == (
-        Probe("locality", "Ada Lovelace was born in Lima. John Keats was born in", "London", "distracting"),
+        Probe("locality", "Ada Lovelace was born in Lima. John Keats was born in", "London", "distracting", "P19"),
         Probe("locality", "What is Ada Lovelace?", "human", "unrelated_relation"),
     )
 

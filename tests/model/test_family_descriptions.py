@@ -24,7 +24,7 @@ from lit_edit.model.hooks import change_outputs
 from lit_edit.model.passes import cut, supported
 from lit_edit.model.prompts import Prompter
 from lit_edit.model.workspace import Workspace
-from lit_edit.statistics import StatisticsError, collect_covariances
+from lit_edit.statistics import KeyCollector, StatisticsError, collect
 
 EVERY = [*MAIN_FAMILIES, *OTHER_FAMILIES]
 each_family = pytest.mark.parametrize("kind", EVERY)
@@ -233,7 +233,7 @@ def test_a_model_for_images_takes_as_much_text_as_its_text_part() -> None:
     assert Prompter.of(model, tokenizer).max_length == 128
     modules = {"one": Architecture(model)[1].projection}
     with pytest.raises(StatisticsError, match="sequence_length is 129, the model takes 128 tokens at most"):
-        collect_covariances(model, tokenizer, TEXTS, modules, sequence_length=129)
+        collect(KeyCollector(modules), model, tokenizer, TEXTS, max_tokens=1000, sequence_length=129)
 
 
 def test_a_mixture_of_experts_is_not_guessed_either() -> None:

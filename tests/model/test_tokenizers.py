@@ -21,12 +21,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from lit_edit import EditRequest, LitEdit, edit
-from lit_edit.evaluation.scores import LocalityReference, evaluate, greedy, score_targets
+from lit_edit.evaluation.evaluate import Reference, evaluate, figures
+from lit_edit.evaluation.scores import greedy, score_targets
 from lit_edit.model.families import Architecture
 from lit_edit.model.prompts import Prompter, check_requests, in_context
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import Probe, RequestError
-from lit_edit.session import EditSession
+from lit_edit.session import EditSession, Preparation
 
 few = settings(max_examples=20, derandomize=True, deadline=None, database=None)
 TEXTS = (
@@ -422,9 +423,8 @@ def test_editing_with_a_chat_template_writes_and_judges_replies(template: str) -
     prompter = Prompter.of(model, tokenizer, chat_template=True)
     rows = [prompter.row(r.prompt, r.target_new) for r in FACTS]
     first = score_targets(model, prompter, rows).log_prob.exp().tolist()
-    session = EditSession(
-        model, tokenizer, quick_in_contexts(), CORPUS, "given", 4000, chat_template=True, requests=FACTS
-    )
+    how = Preparation(corpus=CORPUS, corpus_tokens=4000, chat_template=True)
+    session = EditSession(model, tokenizer, quick_in_contexts(), how, requests=FACTS)
     assert len(session.workspace.contexts) == 3
     assert not any("<" in context or "[INST]" in context for context in session.workspace.contexts)
     hook = model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -448,7 +448,7 @@ def test_editing_with_a_chat_template_writes_and_judges_replies(template: str) -
 def test_evaluation_asks_in_the_chat_template() -> None:
     model, tokenizer = chat_model("ChatML")
     prompter = Workspace.of(model, tokenizer, chat_template=True).prompter
-    reference = LocalityReference()
+    reference = Reference()
     reference.collect(model, prompter, FACTS)
     asked = prompter.frame.head + "Maria was born in" + prompter.frame.tail
     ids = tokenizer(asked, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -456,7 +456,8 @@ def test_evaluation_asks_in_the_chat_template() -> None:
         for token in reference.answers["Maria was born in"]:
             assert int(model(input_ids=ids).logits[0, -1].argmax()) == token
             ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    assert evaluate(model, prompter, FACTS, reference)["locality"] == 1.0
+    # The second fact is what the first one's probe asks for: it would count as consistency.
+    assert figures(evaluate(model, prompter, FACTS[:1], reference))["locality"] == 1.0
 
 
 def test_contexts_that_leave_no_room_in_the_chat_are_left_out() -> None:
@@ -490,9 +491,9 @@ def test_under_a_trainer_callbacks_ask_in_the_chat_template_too(tmp_path: Path) 
     trainer(tmp_path, retention, tasks).fit(module, datamodule=facts)
     hook.remove()
     assert module.prompter.frame == expected.frame
-    reference = LocalityReference()
+    reference = Reference()
     reference.answers = dict(retention._reference.answers)
-    for kind, value in evaluate(model, expected, facts.requests, reference).items():
+    for kind, value in figures(evaluate(model, expected, facts.requests, reference)).items():
         assert retention.latest[kind] == value
     for text in (tasks.tasks[0].prompts[0], facts.requests[0].probes_of("generalization")[0].prompt):
         ids = list(expected.row(text).ids)

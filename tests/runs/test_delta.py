@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from lit_edit.files import save_tensors
 from lit_edit.model.families import Architecture
+from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.runs.delta import DeltaError, load_delta, save_delta
-from lit_edit.statistics import model_fingerprint
 
 
 def edited(model: Any, rank: int | None = 2) -> tuple[Any, dict[str, torch.Tensor]]:
