@@ -12,6 +12,7 @@ from .every_n import EveryNEdits, count_edits
 from .export import ExportModel
 from .matrix_stability import MatrixStability, matrix_figures, relative_drift, spectrum_drift
 from .progress import EditProgressBar
+from .report import Report
 from .results_table import ResultsTable
 from .retention import Retention
 
@@ -22,6 +23,7 @@ __all__ = [
     "EveryNEdits",
     "ExportModel",
     "MatrixStability",
+    "Report",
     "ResultsTable",
     "Retention",
     "count_edits",

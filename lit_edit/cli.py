@@ -1,7 +1,7 @@
 """The command line: LightningCLI with editing's defaults, configurations found by name, errors in one line.
 
 ``fit`` is Lightning's own, for one run; ``compare`` is `lit_edit.commands.compare`, which calls ``fit`` for many;
-``export`` and ``ask`` are `lit_edit.commands`, for what a run has made.
+``export``, ``ask`` and ``report`` are `lit_edit.commands`, for what a run has made.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from lit_edit.callbacks import (
     EditProgressBar,
     ExportModel,
     MatrixStability,
+    Report,
     ResultsTable,
     Retention,
 )
-from lit_edit.commands import ask, compare, dry_run, export, statistics
+from lit_edit.commands import ask, compare, dry_run, export, report, statistics
 from lit_edit.commands.messages import one_line, readable
 from lit_edit.commands.review import review, review_line
 from lit_edit.configs.find import find_config, read_config
@@ -45,7 +46,7 @@ from lit_edit.model.families import Architecture
 from lit_edit.model.loading import EMBEDDED
 from lit_edit.model.prompts import check_requests
 from lit_edit.module import LitEdit
-from lit_edit.runs.results import ResultsLogger
+from lit_edit.runs.results import ResultsLogger, machine
 from lit_edit.trust import check_classes, enforce, refusal
 
 TRACEBACK = "LIT_EDIT_TRACEBACK"
@@ -65,6 +66,7 @@ _COMMANDS = {
     "compare": _Command(compare.main, compare.SUMMARY, "train.py compare --configs mose rome"),
     "export": _Command(export.main, export.SUMMARY, "train.py export --run runs/mose/version_0 --out edited-model"),
     "ask": _Command(ask.main, ask.SUMMARY, 'train.py ask --run runs/mose/version_0 "The capital of France is"'),
+    "report": _Command(report.main, report.SUMMARY, "train.py report runs/mose/version_0 runs/memit/version_0"),
     "statistics": _Command(
         lambda args: statistics.main(args, _ready), statistics.SUMMARY, "train.py statistics --config memit.yaml"
     ),
@@ -224,6 +226,7 @@ class EditCLI(LightningCLI):
         parser.add_lightning_class_args(DownstreamEval, "downstream")
         parser.add_lightning_class_args(EditCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportModel, "export")
+        parser.add_lightning_class_args(Report, "report")
 
     @property
     def dry(self) -> bool:
@@ -270,7 +273,9 @@ class EditCLI(LightningCLI):
         if _wants_bar(trainer):
             trainer.callbacks.insert(0, EditProgressBar())  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, _FactsReview())  # type: ignore[attr-defined]
-        trainer.callbacks.append(ResultsTable())  # type: ignore[attr-defined]
+        # The table, then the page: each reads what the others have written when the run ends.
+        last = [ResultsTable(), *(c for c in trainer.callbacks if isinstance(c, Report))]  # type: ignore[attr-defined]
+        trainer.callbacks = [*(c for c in trainer.callbacks if c not in last), *last]  # type: ignore[attr-defined]
         self._made: list[Path] = []
         if trainer.loggers:
             folder = Path(trainer.log_dir or "runs")
@@ -302,6 +307,7 @@ class EditCLI(LightningCLI):
                         "seed": self._get(self.config, "seed_everything"),
                         "device": str(self.trainer.strategy.root_device),
                         "threads": torch.get_num_threads(),
+                        "machine": machine(self.trainer.strategy.root_device),
                         "evaluation": {"definition": "exact_match", "curve": "retention", "locality": "unedited model"},
                     }
                 )
