@@ -1,9 +1,10 @@
 """Whether two runs differ by more than their intervals.
 
 Runs of the same edits are compared edit by edit: the 95 % bootstrap interval of the mean difference over edits, which
-what is hard for both runs does not widen. Where single answers are not on file, or the edits are others, the interval of
-the difference comes from the two figures' own intervals (MOVER: Zou and Donner 2008, Statistics in Medicine 27, 1693). A
-difference is called one if its interval leaves out zero. Figures without intervals stand side by side and are not judged.
+what is hard for both runs does not widen. Where single answers are not on file, or the edits are others, the interval
+of the difference comes from the two figures' own intervals (MOVER: Zou and Donner 2008, Statistics in Medicine 27,
+1693). A difference is called one if its interval leaves out zero. Figures without intervals, or over fewer than
+`FEWEST` edits, of which resamples say too little, are not judged.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lit_edit.evaluation.evaluate import interval
 
 from .gather import RunData
 
+FEWEST = 10
 _SAME = 1e-6  # two figures that were rounded apart
 
 
@@ -28,13 +30,13 @@ class Difference:
     Attributes:
         value: The difference.
         low, high: Its 95 % interval; None where the figures have none.
-        how: ``edit by edit``, ``by intervals``, or ``not judged``.
+        how: ``edit by edit``, ``by intervals``, ``too few edits``, or ``not judged``.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
-    how: Literal["edit by edit", "by intervals", "not judged"] = "not judged"
+    how: Literal["edit by edit", "by intervals", "too few edits", "not judged"] = "not judged"
 
     @property
     def clear(self) -> bool | None:
@@ -57,6 +59,9 @@ def difference(one: RunData, other: RunData, key: str, edits: int) -> Difference
     if a is None or b is None:
         return None
     by_edit = _by_edit(one, other, key, edits)
+    asked = [run.figure(f"count/{key}", edits) for run in (one, other)]
+    if (len(by_edit) if by_edit is not None else min((n for n in asked if n is not None), default=FEWEST)) < FEWEST:
+        return Difference(a - b, how="too few edits")
     if by_edit is not None:
         low, high = interval(by_edit)
         return Difference(a - b, low, high, "edit by edit")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lit_edit.evaluation.evaluate import WAYS
+
 Scale = Literal["share", "linear", "log"]
-WAYS = ("token_accuracy", "probability", "generation", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -18,30 +19,24 @@ class Figure:
         note: What it says, in a sentence; empty for figures of other callbacks.
         scale: ``share`` runs from 0 to 1.
         panel: Figures of one run that share a panel.
-        better: 1 where more is better, -1 where less is, 0 where neither.
     """
 
     title: str
     note: str = ""
     scale: Scale = "linear"
     panel: str = ""
-    better: int = 0
 
 
 FIGURES = {
-    "reliability": Figure("reliability", "Edits whose prompt gets the new answer.", "share", "Edits", 1),
-    "generalization": Figure("generalization", "Rephrasings that get the new answer.", "share", "Edits", 1),
-    "portability": Figure("portability", "Consequences of edits that get their answer.", "share", "Edits", 1),
-    "locality": Figure("locality", "Untouched questions that keep their answer.", "share", "Everything else", 1),
+    "reliability": Figure("reliability", "Edits whose prompt gets the new answer.", "share", "Edits"),
+    "generalization": Figure("generalization", "Rephrasings that get the new answer.", "share", "Edits"),
+    "portability": Figure("portability", "Consequences of edits that get their answer.", "share", "Edits"),
+    "locality": Figure("locality", "Untouched questions that keep their answer.", "share", "Everything else"),
     "locality/same_subject": Figure(
-        "locality: same subject",
-        "Other facts of edited subjects, unchanged.",
-        "share",
-        "Everything else",
-        1,
+        "locality: same subject", "Other facts of edited subjects, unchanged.", "share", "Everything else"
     ),
     "consistency": Figure(
-        "consistency", "Neighbour questions whose answer an edit replaced.", "share", "Everything else", 1
+        "consistency", "Neighbour questions that get the answer an edit wrote.", "share", "Everything else"
     ),
     "instance_change": Figure(
         "instances changed", "Yes-or-no answers about instances that changed.", "share", "Instances"
@@ -50,12 +45,12 @@ FIGURES = {
         "instances unclear", "Answers about instances that are neither yes nor no.", "share", "Instances"
     ),
     "stability/mean_frobenius_norm": Figure("mean norm", "Frobenius norm, mean over the watched weights.", "log"),
-    "stability/worst_condition_number": Figure("worst condition number", "Of the watched weights.", "log", "", -1),
+    "stability/worst_condition_number": Figure("worst condition number", "Of the watched weights.", "log"),
     "stability/worst_spectrum_drift": Figure(
-        "worst spectrum drift", "How far the singular values moved, relatively.", "log", "", -1
+        "worst spectrum drift", "How far the singular values moved, relatively.", "log"
     ),
     "stability/mean_relative_drift": Figure(
-        "mean drift", "How far the weights moved, relative to their norm.", "linear", "", 0
+        "mean drift", "How far the weights moved, relative to their norm.", "linear"
     ),
 }
 
@@ -66,12 +61,12 @@ def figure(key: str) -> Figure:
         return FIGURES[key]
     if key.startswith("immediate/"):
         below = figure(key.removeprefix("immediate/"))
-        return Figure(f"right after: {below.title}", below.note, "share", "Right after each edit", below.better)
+        return Figure(f"right after: {below.title}", below.note, "share", "Right after each edit")
     if key.startswith("downstream/"):
         name = key.removeprefix("downstream/")
-        return Figure(f"ability: {name}", "Score of a task that no edit is about.", "share", "General abilities", 1)
+        return Figure(f"ability: {name}", "Score of a task that no edit is about.", "share", "General abilities")
     if key.startswith("perplexity"):
-        return Figure(key, "", "log", "", -1)
+        return Figure(key, "Less is better.", "log")
     return Figure(key)
 
 

@@ -87,17 +87,31 @@ function compared(data, present) {
   const bounds = (run, key) => (at(run, key)?.[2] != null ? at(run, key).slice(2) : null);
   const known = present.filter((key) => data.runs.some((run) => at(run, key)));
   const holder = element("div");
-  const draw = (base) => holder.replaceChildren(sideBySide(data, known, value, bounds, (place, key) => {
-    if (place === base) return null;
+  /** [difference, low, high, clear, how] of a run to another one. */
+  const between = (place, base, key) => {
     const found = data.differences.find(([one, other, name]) => name === key
       && ((one === place && other === base) || (one === base && other === place)));
     if (!found) return null;
-    const turned = found[0] === place ? 1 : -1;
-    const [, , , difference, low, high, clear, how] = found;
-    const words = clear === false ? "no clear difference" : change(data, key, turned * difference);
-    const interval = clear === null ? null : within(data, key, turned > 0 ? [low, high] : [-high, -low]);
-    return element("div", { class: clear ? "clear" : "quiet", title: interval ? `difference ${interval}, ${how}` : "no interval is known" }, words);
-  }));
+    const [one, , , difference, low, high, clear, how] = found;
+    return one === place ? [difference, low, high, clear, how] : [-difference, high === null ? null : -high, low === null ? null : -low, clear, how];
+  };
+  const draw = (base) => holder.replaceChildren(
+    sideBySide(data, known, value, bounds, (place, key) => {
+      const found = place === base ? null : between(place, base, key);
+      if (!found) return null;
+      return element("div", { class: found[3] ? "clear" : "quiet" }, found[3] === false ? "no clear difference" : change(data, key, found[0]));
+    }),
+    folded("The differences with their intervals", () => table(
+      [{ title: "figure" }, ...data.runs.map((run) => ({ title: run.label, number: true }))],
+      known.map((key) => [data.figures[key].title, ...data.runs.map((run, place) => {
+        const found = place === base ? null : between(place, base, key);
+        if (!found) return "-";
+        const [difference, low, high, , how] = found;
+        const interval = low === null ? how : `${change(data, key, low)} to ${change(data, key, high)}, ${how}`;
+        return [change(data, key, difference), element("span", { class: "quiet bounds" }, ` (${interval})`)];
+      })]),
+      { caption: `What each run is above ${data.runs[base].label}, with the 95 % interval of the difference.` })),
+  );
   const select = element("select", { change: (event) => draw(Number(event.target.value)) },
     data.runs.map((run, place) => element("option", { value: place }, run.label)));
   draw(0);
@@ -124,7 +138,7 @@ function judged(data) {
     for (const [way, figures] of Object.entries(run.ways)) {
       for (const [name, value] of Object.entries(figures)) {
         const key = `${way.replace("_", " ")}: ${name}`;
-        (rows.get(key) ?? rows.set(key, data.runs.map(() => "")).get(key))[place] = shown(value);
+        (rows.get(key) ?? rows.set(key, data.runs.map(() => "")).get(key))[place] = value === null ? "n/a" : value.toFixed(3);
       }
     }
   }
@@ -182,29 +196,23 @@ function weights(data) {
     parts.push(element("h3", {}, "Singular values, largest first"), key(spectra(data, parameters[0])),
       parameters.length > 6 ? folded(`Spectra of ${parameters.length} weights`, panels) : panels());
   }
-  const titles = { frobenius_norm: "norm", condition_number: "condition number", relative_drift: "drift" };
-  data.runs.forEach((run) => {
+  for (const run of data.runs) {
     const names = Object.keys(run.weights);
-    if (!names.length) return;
-    const kinds = Object.keys(titles).filter((kind) => names.some((name) => run.weights[name][kind]));
-    const columns = [{ title: "weight" }, ...kinds.flatMap((kind) => [{ title: `${titles[kind]} at first`, number: true }, { title: "now", number: true }])];
-    const rows = names.map((name) => [name, ...kinds.flatMap((kind) => {
-      const points = run.weights[name][kind] ?? [];
-      return points.length ? [shown(points[0][1]), shown(points.at(-1)[1])] : ["", ""];
-    })]);
-    const label = data.runs.length > 1 ? `${run.label}: ` : "";
-    parts.push(folded(`${label}${count(names.length, "weight")} one by one`, () => [table(columns, rows), eachWeight(run, names)].reduce((holder, part) => (holder.append(part), holder), element("div"))));
-  });
+    if (names.length) parts.push(folded(`${data.runs.length > 1 ? `${run.label}: ` : ""}${count(names.length, "weight")} one by one`, () => eachWeight(run, names)));
+  }
   return parts.length ? parts : null;
 }
 
 function eachWeight(run, names) {
-  const panels = { condition_number: "condition number", frobenius_norm: "norm", relative_drift: "drift" };
+  const kinds = [...new Set(names.flatMap((name) => Object.keys(run.weights[name])))];
+  const title = (kind) => kind.replaceAll("_", " ");
   const of = (kind) => names.map((name, place) => ({ label: name, place, look: look(place), points: run.weights[name][kind] ?? [] }));
-  const holder = element("div");
-  holder.append(key(of("condition_number")), element("div", { class: "charts" },
-    Object.entries(panels).map(([kind, title]) => chart({ title, series: of(kind), scale: kind === "relative_drift" ? "linear" : "log" }))));
-  return holder;
+  const ends = (points) => (points ? `${shown(points[0][1])} → ${shown(points.at(-1)[1])}` : "-");
+  return element("div", {},
+    table([{ title: "weight" }, ...kinds.map((kind) => ({ title: title(kind), number: true }))],
+      names.map((name) => [name, ...kinds.map((kind) => ends(run.weights[name][kind]))]), { caption: "First and last measurement." }),
+    key(of(kinds[0])),
+    element("div", { class: "charts" }, kinds.map((kind) => chart({ title: title(kind), series: of(kind), scale: kind.endsWith("drift") ? "linear" : "log" }))));
 }
 
 function spectra(data, parameter) {

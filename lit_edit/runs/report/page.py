@@ -20,19 +20,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lit_edit.evaluation.evaluate import WAYS
 from lit_edit.files import write_whole
 from lit_edit.units import size_text, time_text
 
 from .differences import Difference, common_count, difference
-from .figures import WAYS, figure, ordered, way_of, weight_of
+from .figures import figure, ordered, way_of, weight_of
 from .gather import STATUSES, Case, RunData, find_runs, label_runs, read_run
 from .tables import PaperTable, paper_table
 
 FILE_NAME = "report.html"
 _SCRIPTS = ("elements.js", "charts.js", "requests.js", "page.js")
 _TITLES_NAMED = 3  # runs that the title names
-_CURVES_OF_WEIGHTS = ("condition_number", "frobenius_norm", "relative_drift")
 _UNCHANGED = ("locality", "same_subject")
+_OF_EDITS = ("reliability", "generalization", "portability")  # at 0 edits there is nothing to retain
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def verdict(run: RunData) -> str:
     n, edits = len(rows), run.last.edits
     said: list[str] = []
     if edits and run.evaluations:
-        parts = [f"{status['holds']} of {n} edits hold"]
+        parts = [f"{status['holds']:,} of {n:,} edits hold"]
         if status["never written"]:
             parts.append(f"{_were(status['never written'])} never written")
         if status["forgotten"]:
@@ -186,9 +187,9 @@ def verdict(run: RunData) -> str:
         asked = [q for row in rows.values() for q in row["questions"] if q["kind"] in _UNCHANGED]
         broken = sum(not question["exact"] for question in asked)
         if asked:
-            said.append(f"{broken} of {len(asked)} neighbour questions get another answer than before.")
+            said.append(f"{broken:,} of {len(asked):,} neighbour questions get another answer than before.")
     elif rows and edits:
-        said.append(f"{n - status['never written']} of {n} edits were written; nobody kept what they answer now.")
+        said.append(f"{n - status['never written']:,} of {n:,} edits were written; nobody kept what they answer now.")
     elif not run.made:
         said.append("No edit was judged.")
     if not run.evaluations and (held := run.figure("reliability")) is not None and run.made:
@@ -201,7 +202,7 @@ def verdict(run: RunData) -> str:
 
 
 def _were(number: int) -> str:
-    return f"{number} {'was' if number == 1 else 'were'}"
+    return f"{number:,} {'was' if number == 1 else 'were'}"
 
 
 def _mean(run: RunData, keys: Iterable[str], place: int) -> float | None:
@@ -258,10 +259,10 @@ def _final(run: RunData, key: str) -> dict[str, Any]:
 
 
 def _curve(run: RunData, key: str) -> list[list[float | None]]:
-    """``[edits, value, low, high]`` at every evaluation that has the figure."""
+    """``[edits, value, low, high]`` at every evaluation that has the figure, and something to judge."""
     points = []
     for record in run.records:
-        if key in record:
+        if key in record and not (key in _OF_EDITS and record["edits"] == 0):
             low, high = (record.get(f"interval/{key}/{side}") for side in ("low", "high"))
             points.append([record["edits"], record[key], low, high])
     return points
@@ -284,7 +285,7 @@ def _weights(run: RunData) -> dict[str, dict[str, list[list[float | None]]]]:
     for record in run.records:
         for key, value in record.items():
             name = weight_of(key)
-            if name is not None and name[1] in _CURVES_OF_WEIGHTS:
+            if name is not None:
                 found.setdefault(name[0], {}).setdefault(name[1], []).append([record["edits"], value])
     return found
 
