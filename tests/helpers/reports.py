@@ -113,7 +113,8 @@ def write_run(
         weights = {f"stability/blocks.{layer}.weight/frobenius_norm": grown + layer for layer in (2, 3)}
         stability = {"stability/mean_frobenius_norm": grown + 2.5, "stability/worst_condition_number": 6.0 + count}
         abilities = {"downstream/qa": 1 - 0.01 * count / edits, "downstream/sentiment": 1.0}
-        logger.log_metrics({**figures(found, ("exact_match", "probability")), **weights, **stability, **abilities}, count)
+        judged = figures(found, ("exact_match", "token_accuracy"))
+        logger.log_metrics(judged | weights | stability | abilities, count)
     logger.log_run({"seconds": 12.5 * edits, "seconds_per_edit": journal.seconds_by_stage()})
     journal.write(folder / "edits.jsonl")
     if spectra:
