@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,9 +22,12 @@ class Report(Callback):
     ``results.json``. List it last: it reads what other callbacks have written. Works in any LightningModule whose
     figures go to that logger, as those of `lit_edit.callbacks.EveryNEdits` do.
 
+    A page that cannot be made does not end the run: everything it is made of is on the disk by then. The error and its
+    traceback are printed as a warning, with the command that writes the page later.
+
     Args:
-        enabled: Whether to write it.
-        path: Where; ``report.html`` beside ``results.json`` if None.
+        enabled: Whether to write the page.
+        path: Where it goes; ``report.html`` beside ``results.json`` if None.
 
     Example:
         >>> callback = Report()
@@ -48,18 +52,23 @@ class Report(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not count_edits(trainer, pl_module):
-            return
-        try:
+        if count_edits(trainer, pl_module):
             self._write(trainer)
-        except (OSError, ValueError) as error:  # what ended the run is to be seen, not this
-            rank_zero_warn(f"The report was not written: {error}", category=UserWarning)
 
     def _write(self, trainer: Trainer) -> None:
         results = _results_of(trainer)
         if not self.enabled or not trainer.is_global_zero or results is None or not results.path.is_file():
             return
-        written = write_report([results.directory], Path(self.path) if self.path else results.directory / FILE_NAME)
+        folder = results.directory
+        try:
+            written = write_report([folder], Path(self.path).expanduser() if self.path else folder / FILE_NAME)
+        except Exception:  # whatever it is, hours of edits are worth more than their page
+            rank_zero_warn(
+                f"The report was not written; all that it is made of is in {folder}. "
+                f"Write it later with `python train.py report {folder}`.\n{traceback.format_exc()}",
+                category=UserWarning,
+            )
+            return
         rank_zero_info(f"Report: {written.page}")
 
 

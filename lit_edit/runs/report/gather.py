@@ -11,14 +11,12 @@ from typing import Any
 
 import yaml
 
-from lit_edit.runs import outcomes, results
+from lit_edit.runs import outcomes, results, spectra
 from lit_edit.runs.outcomes import read_outcomes
 from lit_edit.runs.results import INTERVAL, Record, read_results
 
 EDITS = "edits.jsonl"
 SETTINGS = "config.yaml"
-SPECTRA = "spectra.json"
-"""``{parameter: {"before": [...], "after": [...]}}``: singular values, largest first, of weights before and after."""
 
 NOT_ASKED = "not asked"
 """Status of an edit that was exact right after it was made, in a run that kept no outcomes."""
@@ -321,7 +319,7 @@ def _from_journal(edits: Mapping[int, Record]) -> tuple[dict[Case, Record], dict
 
 
 def _read_spectra(run: RunData) -> None:
-    path = run.folder / SPECTRA
+    path = run.folder / spectra.FILE_NAME
     if not path.is_file():
         return
     try:
@@ -330,7 +328,9 @@ def _read_spectra(run: RunData) -> None:
             run.spectra[parameter] = {side: thinned(sides[side]) for side in ("before", "after")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         run.spectra = {}
-        run.missing.append(f"{SPECTRA} cannot be read ({error}): it should be {{parameter: {{before, after}}}}.")
+        run.missing.append(
+            f"{spectra.FILE_NAME} cannot be read ({error}): it should be {{parameter: {{before, after}}}}."
+        )
 
 
 def thinned(values: list[float | None], most: int = _LONGEST_SPECTRUM) -> list[Any]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.runs import data, quick_editor, trainer, write_corpus
 from lightning.pytorch import Callback
-from lit_edit.callbacks import EveryNEdits, ExportModel, Report, ResultsTable, Retention
+from lit_edit.callbacks import EveryNEdits, ExportModel, MatrixStability, Report, ResultsTable, Retention
 
 from lit_edit import LitEdit
 from lit_edit.cli import EditCLI
-from lit_edit.runs.results import ResultsLogger
+from lit_edit.runs.report import write_report
+from lit_edit.runs.results import ResultsLogger, read_results
+from lit_edit.runs.spectra import write_spectra
 
 pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
 ]
@@ -89,6 +94,38 @@ def test_what_ended_a_run_is_raised_even_if_there_can_be_no_page(editor, make_tr
     made = make_trainer(Halves(every_n=1), report, Cut(2), logger=ResultsLogger(tmp_path / "run"))
     with pytest.warns(UserWarning, match="The report was not written"), pytest.raises(RuntimeError, match="cut"):
         made.fit(editor, edit_loader(5, 1))
+
+
+def test_a_page_that_cannot_be_made_does_not_lose_the_run(editor, make_trainer, edit_loader, tmp_path, monkeypatch):
+    """Whatever goes wrong in it: the run ends as usual, and the warning has the traceback and the way to repeat it."""
+
+    def broken(*_: Any) -> None:
+        raise KeyError("a column nobody knows")
+
+    monkeypatch.setattr("lit_edit.callbacks.report.write_report", broken)
+    made = make_trainer(Halves(every_n=2), Report(), logger=ResultsLogger(tmp_path))
+    with pytest.warns(UserWarning, match="The report was not written") as caught:
+        made.fit(editor, edit_loader(4, 1))
+    (said,) = [str(w.message) for w in caught if "report" in str(w.message)]
+    assert f"`python train.py report {tmp_path}`" in said
+    assert "KeyError: 'a column nobody knows'" in said
+    assert [record["edits"] for record in read_results(tmp_path).records] == [0, 2, 4]
+    monkeypatch.undo()
+    write_report([tmp_path], tmp_path / "report.html")  # what the warning says
+    assert page_in(tmp_path)["runs"][0]["made"] == 4
+
+
+def test_spectra_before_and_after_reach_the_page(editor, make_trainer, edit_loader, tmp_path):
+    """The module adds an identity per edit to an identity of width 2."""
+    make_trainer(MatrixStability(every_n=2), Report(), logger=ResultsLogger(tmp_path)).fit(editor, edit_loader(4, 1))
+    expected = {"before": [[1, 1.0], [2, 1.0]], "after": [[1, 5.0], [2, 5.0]]}
+    assert page_in(tmp_path)["runs"][0]["spectra"] == {"matrix": expected}
+
+
+def test_spectra_of_weights_that_diverged_have_gaps(tmp_path):
+    write_spectra(tmp_path / "spectra.json", {"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([math.nan, math.inf])})
+    content = json.loads((tmp_path / "spectra.json").read_text(encoding="utf-8"))
+    assert content == {"w": {"before": [3.0, 1.0], "after": [None, None]}}
 
 
 def test_without_a_results_logger_it_only_warns(editor, make_trainer, edit_loader, tmp_path):
