@@ -1,6 +1,7 @@
 // The page, part by part, from the data that stand compressed in it.
 
 const STAGES = ["layers", "values", "keys", "solve", "restrain", "write", "score", "other", "mending"];
+const BEFORE = 7; // the look of unedited weights beside those of the runs: grey
 const ROOMS = ["model", "data", "retention", "stability", "downstream"]; // whose settings come first
 
 async function unpacked() {
@@ -13,7 +14,12 @@ async function unpacked() {
 }
 
 function verdicts(data) {
-  return element("ul", { class: "verdicts" }, data.runs.map((run, place) => {
+  const several = data.runs.length > 1;
+  const names = ["method", "model", "data", "edits", "seed", "took"].filter((name) => data.runs.some((run) => run.about[name]));
+  const alike = several ? names.filter((name) => new Set(data.runs.map((run) => run.about[name])).size === 1) : [];
+  const facts = (run, which) => element("ul", { class: "facts quiet" }, which.filter((name) => run.about[name])
+    .map((name) => element("li", {}, ["edits", "seed", "took"].includes(name) ? `${name} ${run.about[name]}` : run.about[name])));
+  const cards = element("ul", { class: several ? "verdicts cards" : "verdicts" }, data.runs.map((run, place) => {
     const number = new Map(data.statuses.map((name) => [name, 0]));
     for (const values of run.outcomes) number.set(data.statuses[values[7]], number.get(data.statuses[values[7]]) + 1);
     const present = [...number].filter(([, edits]) => edits);
@@ -22,15 +28,15 @@ function verdicts(data) {
       part.style.flexGrow = edits;
       return part;
     });
-    const about = ["method", "model", "data", "edits", "seed", "took"].filter((name) => run.about[name])
-      .map((name) => element("li", {}, ["edits", "seed"].includes(name) ? `${name} ${run.about[name]}` : run.about[name]));
     return element("li", {},
-      element("p", { class: "verdict" }, data.runs.length > 1 ? element("strong", {}, sampleOf(data, place), `${run.label}: `) : null, run.verdict),
+      several ? element("p", { class: "name" }, element("strong", {}, sampleOf(data, place), run.label)) : null,
+      element("p", { class: "verdict" }, run.verdict),
       share.length ? element("div", { class: "share", "aria-hidden": "true" }, share) : null,
       element("ul", { class: "facts" }, present.map(([name, edits]) => element("li", {}, status(name), ` ${edits.toLocaleString("en")}`))),
-      element("ul", { class: "facts quiet" }, about),
+      facts(run, names.filter((name) => !alike.includes(name))),
       run.missing.map((what) => element("p", { class: "missing" }, what)));
   }));
+  return element("div", {}, alike.length ? facts(data.runs[0], alike) : null, cards);
 }
 
 function sampleOf(data, place) {
@@ -217,10 +223,10 @@ function eachWeight(run, names) {
 
 function spectra(data, parameter) {
   const first = data.runs.find((run) => run.spectra[parameter]);
-  const series = [{ label: "before", place: 4, look: { ...look(4), mark: null }, points: first.spectra[parameter].before }];
+  const series = [{ label: "before", place: BEFORE, look: { ...look(BEFORE), mark: null }, points: first.spectra[parameter].before }];
   data.runs.forEach((run, place) => {
     const found = run.spectra[parameter];
-    const own = place < 4 ? place : place + 1; // the fifth look is taken by "before"
+    const own = place < BEFORE ? place : place + 1;
     if (found) series.push({ label: data.runs.length > 1 ? `after ${run.label}` : "after", place: own, look: { ...look(own), mark: null }, points: found.after });
   });
   return series;

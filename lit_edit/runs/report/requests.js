@@ -173,7 +173,7 @@ function requests(data) {
   } }, element("option", { value: "" }, "any run"), data.runs.map((run, place) => element("option", { value: place }, run.label)));
   draw();
   return [
-    element("div", { class: "tools" }, search, data.runs.length > 1 ? element("label", {}, "in", which) : null),
+    element("div", { class: "tools" }, search, data.runs.length > 1 ? element("label", {}, "Edits of", which) : null),
     element("div", { class: "tools", role: "group", "aria-label": "Show" }, buttons),
     element("div", { class: "scroll" }, element("table", { class: `requests${data.runs.length > 1 ? " several" : ""}` },
       element("caption", { class: "hidden-text" }, "All edits; a row unfolds to its questions and answers"),
