@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -409,3 +411,12 @@ def test_counts_of_filters_are_those_of_the_files(browser: Any, site: Site) -> N
         texts = open_page.page.locator("[data-filter]").all_inner_texts()
         expected = [f"{name} {status[name]}" for name in ("holds", "forgotten", "never written")]
         assert texts == [f"all {EDITS}", *expected, f"neighbour broken {len(site.broken(1))}"]
+
+
+def test_the_benchmark_of_pages_runs(browser: Any, tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "report_page.py"
+    small = ["--edits", "8", "--evaluations", "2", "--runs", "2", "--repeats", "1", "--out", str(tmp_path / "b.json")]
+    done = subprocess.run([sys.executable, str(script), *small], capture_output=True, text=True, check=True)
+    found = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    assert set(found["seconds"]) == {"write", "open", "filter", "search", "sort"}
+    assert done.stdout.startswith("2 runs of 8 edits")
