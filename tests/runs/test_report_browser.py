@@ -242,6 +242,20 @@ def test_curves_are_read_out_by_keys_and_pointer(browser: Any, site: Site) -> No
         assert tip.inner_text().startswith(f"{EDITS} edits")
 
 
+def test_the_weights_that_moved_most_come_first(browser: Any, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", edits=4, every=4)
+    moves = {"still": 1.0, "little": 1.1, "much": 3.0, "more": 9.0, "lost": None}
+    content = {name: {"before": [2.0, 1.0], "after": [by and 2 * by, by]} for name, by in moves.items()}
+    (folder / "spectra.json").write_text(json.dumps(content), encoding="utf-8")
+    write_report([folder], tmp_path / "page.html")
+    with opened(browser, tmp_path / "page.html") as open_page:
+        captions = open_page.page.locator("section[aria-labelledby=weights] > .charts figcaption")
+        assert captions.all_inner_texts() == ["lost", "more", "much"]
+        open_page.page.get_by_text("Spectra of 2 further weights").click()
+        more = open_page.page.locator("section[aria-labelledby=weights] details[open] figcaption")
+        assert more.all_inner_texts() == ["little", "still"]
+
+
 def test_what_a_run_lacks_is_said(browser: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", edits=12, every=4)
     for name in ("outcomes.jsonl", "config.yaml"):

@@ -1,6 +1,7 @@
 // The page, part by part, from the data that stand compressed in it.
 
 const STAGES = ["layers", "values", "keys", "solve", "restrain", "write", "score", "other", "mending"];
+const FIRST_SPECTRA = 3; // drawn at once
 const BEFORE = 7; // the look of unedited weights beside those of the runs: grey
 const ROOMS = ["model", "data", "retention", "stability", "downstream"]; // whose settings come first
 
@@ -31,10 +32,10 @@ function verdicts(data) {
     return element("li", {},
       several ? element("p", { class: "name" }, element("strong", {}, sampleOf(data, place), run.label)) : null,
       element("p", { class: "verdict" }, run.verdict),
-      share.length ? element("div", { class: "share", "aria-hidden": "true" }, share) : null,
+      element("div", { class: "share", "aria-hidden": "true" }, share),
       element("ul", { class: "facts" }, present.map(([name, edits]) => element("li", {}, status(name), ` ${edits.toLocaleString("en")}`))),
       facts(run, names.filter((name) => !alike.includes(name))),
-      run.missing.map((what) => element("p", { class: "missing" }, what)));
+      element("div", {}, run.missing.map((what) => element("p", { class: "missing" }, what))));
   }));
   return element("div", {}, alike.length ? facts(data.runs[0], alike) : null, cards);
 }
@@ -196,17 +197,40 @@ function shared(data, title, members) {
 
 function weights(data) {
   const parts = [];
-  const parameters = [...new Set(data.runs.flatMap((run) => Object.keys(run.spectra)))];
+  const parameters = [...new Set(data.runs.flatMap((run) => Object.keys(run.spectra)))]
+    .map((parameter) => [parameter, Math.max(...data.runs.map((run) => moved(run.spectra[parameter])))])
+    .sort((one, other) => other[1] - one[1]).map(([parameter]) => parameter);
   if (parameters.length) {
-    const panels = () => element("div", { class: "charts" }, parameters.map((parameter) => spectrum(data, parameter)));
-    parts.push(element("h3", {}, "Singular values, largest first"), key(spectra(data, parameters[0])),
-      parameters.length > 6 ? folded(`Spectra of ${parameters.length} weights`, panels) : panels());
+    const panels = (names) => element("div", { class: "charts" }, names.map((parameter) => spectrum(data, parameter)));
+    const rest = parameters.slice(FIRST_SPECTRA);
+    parts.push(element("h3", {}, "Singular values, largest first"),
+      element("p", { class: "quiet" }, "The weights whose singular values moved most come first."),
+      key(spectraKey(data)), panels(parameters.slice(0, FIRST_SPECTRA)),
+      rest.length ? folded(`Spectra of ${count(rest.length, "further weight")}`, () => panels(rest)) : null);
   }
   for (const run of data.runs) {
     const names = Object.keys(run.weights);
     if (names.length) parts.push(folded(`${data.runs.length > 1 ? `${run.label}: ` : ""}${count(names.length, "weight")} one by one`, () => eachWeight(run, names)));
   }
   return parts.length ? parts : null;
+}
+
+/** How far a spectrum moved, relative to its size; what is not finite moved furthest. */
+function moved(spectrum) {
+  if (!spectrum) return 0;
+  const square = (sum, value) => sum + value * value;
+  const size = spectrum.before.map(([, value]) => value ?? 0).reduce(square, 0);
+  const steps = spectrum.after.map(([, value], place) => (value === null ? Infinity : value - (spectrum.before[place]?.[1] ?? 0)));
+  return Math.sqrt(steps.reduce(square, 0) / (size || 1));
+}
+
+/** All lines that spectra have, whichever weights the runs edited. */
+function spectraKey(data) {
+  const found = new Map();
+  for (const run of data.runs) {
+    for (const parameter of Object.keys(run.spectra)) for (const one of spectra(data, parameter)) found.set(one.place, one);
+  }
+  return [...found.values()].sort((one, other) => (other.place === BEFORE) - (one.place === BEFORE) || one.place - other.place);
 }
 
 function eachWeight(run, names) {
@@ -244,6 +268,7 @@ function seconds(data) {
   const longest = Math.max(...data.runs.map(total));
   const bars = data.runs.filter((run) => total(run)).map((run) => {
     const bar = element("div", { class: "stack", "aria-hidden": "true" }, stages.map((stage, place) => {
+      if (!run.seconds[stage]) return null;
       const part = element("span", { class: `s${place % COLOURS}`, title: `${stage}: ${shown(run.seconds[stage] ?? 0)} s` });
       part.style.width = `${(100 * (run.seconds[stage] ?? 0)) / longest}%`;
       return part;
