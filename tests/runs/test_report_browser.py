@@ -53,7 +53,7 @@ def site(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Site:
     root = tmp_path_factory.mktemp("site")
     names = ("keeps", "loses", "copies")
     for seed, name in enumerate(names[:2]):
-        write_run(root / name, name=name, edits=EDITS, every=20, seed=seed, keeps=(0.95, 0.5)[seed], spectra=True)
+        write_run(root / name, name=name, edits=EDITS, every=20, seed=seed, keeps=(0.97, 0.75)[seed], spectra=True)
     shutil.copytree(root / "keeps", root / "copies")
     places = [root / name for name in names]
     write_report([root / "loses"], root / "single.html")
@@ -108,7 +108,7 @@ def test_a_filter_shows_the_edits_of_its_status(browser: Any, site: Site, status
 
 def test_neighbours_that_broke_are_a_filter(browser: Any, site: Site) -> None:
     expected = site.broken(1)
-    assert expected
+    assert 0 < len(expected) < EDITS
     with opened(browser, site.single) as open_page:
         press(open_page.page, "neighbour broken")
         assert set(shown(open_page.page)) == expected
@@ -297,7 +297,7 @@ def test_runs_stand_side_by_side_with_what_is_a_difference(browser: Any, site: S
     """The copy of a run does not differ from it; the run that loses edits does."""
     records = [read_results(site.single.parent / name).records[-1] for name in ("keeps", "loses")]
     gap = records[1]["reliability"] - records[0]["reliability"]
-    assert gap < -0.2
+    assert gap < -0.1
     with opened(browser, site.several) as open_page:
         page = open_page.page
         cells = page.locator("section[aria-labelledby=results] table").first.locator("tbody tr").first.locator("td")
