@@ -83,6 +83,14 @@ def shown(page: Any) -> list[str]:
     return found
 
 
+def unfold(page: Any, title: str | None = None) -> None:
+    """Opens what is folded, and waits until it is made."""
+    for summary in page.locator("summary", has_text=title).all():
+        summary.click()
+    # Not by `wait_for_function`: the page's policy forbids the `eval` in it.
+    page.locator("details[open]:not(:has(> :nth-child(2)))").first.wait_for(state="detached")
+
+
 def press(page: Any, name: str) -> Any:
     button = page.locator(f'[data-filter="{name}"]')
     button.click()
@@ -219,7 +227,7 @@ def test_every_part_of_a_run_is_there(browser: Any, site: Site) -> None:
         about = page.locator("section[aria-labelledby=about]").inner_text()
         for words in ("LOSES", "FactsDataModule", "60 of 60", "took\t12", "torch", "630 MB"):
             assert words in about
-        page.get_by_text("All 4 settings").click()
+        unfold(page, "All 4 settings")
         assert "model.editor.contexts" in page.locator("section[aria-labelledby=about]").inner_text()
 
 
@@ -251,7 +259,7 @@ def test_the_weights_that_moved_most_come_first(browser: Any, tmp_path: Path) ->
     with opened(browser, tmp_path / "page.html") as open_page:
         captions = open_page.page.locator("section[aria-labelledby=weights] > .charts figcaption")
         assert captions.all_inner_texts() == ["lost", "more", "much"]
-        open_page.page.get_by_text("Spectra of 2 further weights").click()
+        unfold(open_page.page, "Spectra of 2 further weights")
         more = open_page.page.locator("section[aria-labelledby=weights] details[open] figcaption")
         assert more.all_inner_texts() == ["little", "still"]
 
@@ -310,7 +318,7 @@ def test_runs_stand_side_by_side_with_what_is_a_difference(browser: Any, site: S
         assert f"+{-gap:.3f}" in keeps
         assert f"+{-gap:.3f}" in copies
         assert "differ" not in loses
-        page.get_by_text("The differences with their intervals").click()
+        unfold(page, "The differences with their intervals")
         assert "edit by edit" in page.locator("section[aria-labelledby=results] details[open] table").inner_text()
 
 
@@ -364,7 +372,7 @@ def test_tables_are_copied(browser: Any, site: Site) -> None:
         for place, first in enumerate(("| method |", r"\begin{tabular}")):
             button = page.locator(".copy").nth(place)
             button.click()
-            page.wait_for_function("b => b.textContent !== 'Copy'", arg=button.element_handle())
+            page.locator(".copy", has_text=re.compile("Copied|Selected")).nth(place).wait_for()
             assert page.locator("section[aria-labelledby=tables] pre").nth(place).inner_text().startswith(first)
             if button.inner_text() != "Copied":
                 assert page.evaluate("getSelection().toString()").startswith(first)
@@ -403,8 +411,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(
     with opened(browser, getattr(site, which), viewport=viewport, has_touch=True) as open_page:
         page = open_page.page
         page.locator(".unfold").first.click()
-        for summary in page.locator("summary").all():
-            summary.click()
+        unfold(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
         left = page.evaluate(
             """() => [...document.querySelectorAll("button, select, input, figure, h2, .verdict")]
