@@ -151,6 +151,25 @@ def test_settings_are_flattened_by_class_and_argument() -> None:
     assert dict(flattened({"layers": [2, 3], "empty": ""})) == {"layers": [2, 3]}
 
 
+def test_edits_that_were_refused_or_taken_back_are_said(whole: Path) -> None:
+    """An edit that was taken back is in the journal, and no longer among the outcomes."""
+    fates = {2: ("refused", "p(target) stayed at 0.1"), 5: ("undone", "asked for"), 6: ("undone", "asked for")}
+    edits = lines(whole / "edits.jsonl")
+    for edit in edits:
+        edit["status"], edit["reason"] = fates.get(edit["number"], ("written", ""))
+    (whole / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits), encoding="utf-8")
+    kept = [line for line in lines(whole / "outcomes.jsonl") if line["edits"] < 12 or line["number"] not in (5, 6)]
+    (whole / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    (run,) = page_of(whole)["runs"]
+    assert run["missing"] == []
+    assert "1 was refused. 2 were taken back later and are not judged." in run["verdict"]
+    assert {row[1]: row[19] for row in run["outcomes"]} == {
+        number: "p(target) stayed at 0.1" if number == 2 else None for number in range(1, 13) if number not in (5, 6)
+    }
+    (whole / "outcomes.jsonl").unlink()
+    assert [row[1] for row in page_of(whole)["runs"][0]["outcomes"]] == [1, 2, 3, 4, *range(7, 13)]
+
+
 def test_spectra_are_read_and_thinned(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", edits=2, every=2, spectra=True))
     before = run.spectra["blocks.2.weight"]["before"]

@@ -278,7 +278,8 @@ def _read_outcomes(run: RunData) -> None:
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         said = str(error) if isinstance(error, ValueError) else f"a line lacks {error}"
         run.missing.append(f"{outcomes.FILE_NAME} was read up to a line that is no outcome ({said}).")
-    if found and found[-1].edits and len(found[-1].rows) < found[-1].edits:
+    undone = sum(edit.get("status") == "undone" for edit in run.edits.values())  # asked for until they were taken back
+    if found and found[-1].edits and len(found[-1].rows) < found[-1].edits - undone:
         run.missing.append(
             f"The evaluation after {found[-1].edits} edits is incomplete in {outcomes.FILE_NAME} and was left out."
         )
@@ -293,6 +294,8 @@ def _from_journal(edits: Mapping[int, Record]) -> tuple[dict[Case, Record], dict
     rows: dict[Case, Record] = {}
     seen: Counter[tuple[str, str]] = Counter()
     for number, edit in sorted(edits.items()):
+        if edit.get("status") == "undone":
+            continue
         name = (str(edit["case_id"]), str(edit["prompt"]))
         rows[(*name, seen[name])] = {
             "number": number,

@@ -192,6 +192,13 @@ def verdict(run: RunData) -> str:
         said.append(f"{n - status['never written']:,} of {n:,} edits were written; nobody kept what they answer now.")
     elif not run.made:
         said.append("No edit was judged.")
+    fate = Counter(edit.get("status") for edit in run.edits.values())
+    if fate["refused"]:
+        said.append(f"{_were(fate['refused'])} refused.")
+    if fate["undone"]:
+        said.append(
+            f"{_were(fate['undone'])} taken back later and {'is' if fate['undone'] == 1 else 'are'} not judged."
+        )
     if not run.evaluations and (held := run.figure("reliability")) is not None and run.made:
         said.append(f"Reliability after {run.made} edits: {_short(held)}.")
     abilities = [key for record in run.records for key in record if key.startswith("downstream/")]
@@ -329,6 +336,7 @@ def _outcomes(run: RunData, texts: _Texts, cases: dict[Case, int], statuses: Seq
                 _rounded(edit.get("loss")),
                 edit.get("steps"),
                 run.history(case),
+                edit.get("reason") or None,
                 [
                     [
                         texts(question["kind"]),

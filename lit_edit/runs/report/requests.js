@@ -3,7 +3,7 @@
 const PAGE = 25;
 const SIGNS = { holds: ["✓", "holds"], forgotten: ["✗", "forgotten"], "never written": ["∅", "never"] };
 const FIELDS = ["case", "number", "subject", "expected", "before", "after", "now", "status", "broken", "p", "rank",
-  "pAfter", "rankAfter", "layers", "change", "seconds", "loss", "steps", "history", "questions"];
+  "pAfter", "rankAfter", "layers", "change", "seconds", "loss", "steps", "history", "reason", "questions"];
 const WORDS = {
   generalization: "Rephrasings", locality: "Neighbours, which should answer as before",
   same_subject: "Other facts of an edited subject, which should answer as before",
@@ -210,6 +210,7 @@ function course(outcome, run) {
     ["right after", outcome.after === null ? null : outcome.after + odds(outcome.pAfter, outcome.rankAfter)],
     ["now", outcome.now === null ? null : outcome.now + odds(outcome.p, outcome.rank)],
     ["course", history(outcome, run)],
+    ["reason", outcome.reason],
     ["edit", [
       outcome.layers.length ? `layer${outcome.layers.length > 1 ? "s" : ""} ${outcome.layers.join(", ")}` : null,
       outcome.change === null ? null : `largest relative change ${shown(outcome.change)}`,
