@@ -14,6 +14,7 @@ from .export import ExportModel
 from .interruption import StopOnSignal
 from .matrix_stability import MatrixStability, matrix_figures, relative_drift, spectrum_drift
 from .progress import EditProgressBar
+from .report import Report
 from .results_table import ResultsTable
 from .retention import Retention
 
@@ -25,6 +26,7 @@ __all__ = [
     "EveryNEdits",
     "ExportModel",
     "MatrixStability",
+    "Report",
     "ResultsTable",
     "Retention",
     "StopOnSignal",

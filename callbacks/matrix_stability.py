@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_edit.algebra.linalg import singular_values
+from lit_edit.runs.spectra import FILE_NAME, write_spectra
 
 from .every_n import EveryNEdits, count_edits
 
@@ -125,6 +127,9 @@ class MatrixStability(EveryNEdits):
     ``stability/<parameter>/<figure>``, and over all of them ``stability/worst_condition_number``,
     ``stability/worst_spectrum_drift``, ``stability/mean_frobenius_norm`` and ``stability/mean_relative_drift``.
 
+    The singular values before the first edit and at the last measurement go to ``spectra.json`` in the run's folder
+    (`lit_edit.runs.spectra`), where the report finds them.
+
     Drift is measured from the weights before the first edit. `lit_edit.LitEdit` keeps those that are edited, and finds
     them again in the unedited model when a run is resumed. For a module without ``original_parameter(name)`` a copy of
     the watched matrices is kept here, on the CPU, and saved in checkpoints, which grow by as much. Where a checkpoint
@@ -193,6 +198,7 @@ class MatrixStability(EveryNEdits):
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
         tagged: dict[str, float] = {}
         by_figure: dict[str, list[float]] = {}
+        spectra: dict[str, Tensor] = {}
         for name, weight in self._select(pl_module).items():
             spectrum, start = _spectrum(weight), self._start(pl_module, name)
             if start is None:
@@ -200,12 +206,16 @@ class MatrixStability(EveryNEdits):
             start = start.to(weight.device)
             if name not in self._spectra:
                 self._spectra[name] = spectrum if torch.equal(start, weight) else _spectrum(start)
+            spectra[name] = spectrum
             figures = _figures(weight, spectrum)
             figures["relative_drift"] = relative_drift(weight, start)
             figures["spectrum_drift"] = _relative_distance(spectrum, self._spectra[name])
             for figure, value in figures.items():
                 tagged[f"stability/{name}/{figure}"] = value
                 by_figure.setdefault(figure, []).append(value)
+        folder = trainer.log_dir  # asked for on every rank: it is broadcast
+        if folder is not None and trainer.is_global_zero:
+            write_spectra(Path(folder) / FILE_NAME, self._spectra, spectra)
         # Through tensors, because Python's `max` loses a NaN unless it comes first.
         over_all = {figure: torch.tensor(values, dtype=torch.float64) for figure, values in by_figure.items()}
         tagged["stability/worst_condition_number"] = over_all["condition_number"].max().item()

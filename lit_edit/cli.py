@@ -1,7 +1,7 @@
 """The command line: LightningCLI with editing's defaults, configurations found by name, errors in one line.
 
 ``fit`` is Lightning's own, for one run; ``compare`` is `lit_edit.commands.compare`, which calls ``fit`` for many;
-``export`` and ``ask`` are `lit_edit.commands`, for what a run has made.
+``export``, ``ask`` and ``report`` are `lit_edit.commands`, for what a run has made.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from lit_edit.callbacks import (
     EditProgressBar,
     ExportModel,
     MatrixStability,
+    Report,
     ResultsTable,
     Retention,
     StopOnSignal,
 )
-from lit_edit.commands import ask, compare, dry_run, export, statistics, undo
+from lit_edit.commands import ask, compare, dry_run, export, report, statistics, undo
 from lit_edit.commands.edited_run import CHECKPOINT, find_run
 from lit_edit.commands.messages import one_line, readable
 from lit_edit.commands.review import review, review_line
@@ -50,7 +51,7 @@ from lit_edit.model.loading import EMBEDDED
 from lit_edit.model.prompts import check_requests
 from lit_edit.module import CHECKPOINT_KEY, LitEdit
 from lit_edit.runs.interrupts import Interrupted
-from lit_edit.runs.results import ResultsLogger
+from lit_edit.runs.results import ResultsLogger, machine
 from lit_edit.trust import check_classes, enforce, refusal
 
 TRACEBACK = "LIT_EDIT_TRACEBACK"
@@ -77,6 +78,7 @@ _COMMANDS = {
     "replay": _Command(
         lambda args: undo.replay(args, _opened), undo.REPLAY, "train.py replay --run runs/mose/version_0"
     ),
+    "report": _Command(report.main, report.SUMMARY, "train.py report runs/mose/version_0 runs/memit/version_0"),
     "statistics": _Command(
         lambda args: statistics.main(args, _ready), statistics.SUMMARY, "train.py statistics --config memit.yaml"
     ),
@@ -256,6 +258,7 @@ class EditCLI(LightningCLI):
         parser.add_lightning_class_args(EditCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EditLog, "updates")
         parser.add_lightning_class_args(ExportModel, "export")
+        parser.add_lightning_class_args(Report, "report")
 
     @property
     def dry(self) -> bool:
@@ -313,8 +316,10 @@ class EditCLI(LightningCLI):
         if _wants_bar(trainer):
             trainer.callbacks.insert(0, EditProgressBar())  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, _FactsReview())  # type: ignore[attr-defined]
-        trainer.callbacks.append(ResultsTable())  # type: ignore[attr-defined]
         trainer.callbacks.append(StopOnSignal())  # type: ignore[attr-defined]
+        # The table, then the page: each reads what the others have written when the run ends.
+        last = [ResultsTable(), *(c for c in trainer.callbacks if isinstance(c, Report))]  # type: ignore[attr-defined]
+        trainer.callbacks = [*(c for c in trainer.callbacks if c not in last), *last]  # type: ignore[attr-defined]
         if trainer.loggers:
             folder = Path(trainer.log_dir or "runs")
             trainer.loggers = [*trainer.loggers, ResultsLogger(folder)]
@@ -364,6 +369,7 @@ class EditCLI(LightningCLI):
                         "seed": self._get(self.config, "seed_everything"),
                         "device": str(self.trainer.strategy.root_device),
                         "threads": torch.get_num_threads(),
+                        "machine": machine(self.trainer.strategy.root_device),
                         "evaluation": {"definition": "exact_match", "curve": "retention", "locality": "unedited model"},
                     }
                 )

@@ -82,11 +82,12 @@ def test_a_run_by_name_from_another_working_directory(arguments: Command, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "mose" / "version_0"
-    (said,) = done.stderr.splitlines()
-    assert said.startswith("Edited model: runs/mose/version_0/model")
+    model, page = done.stderr.splitlines()
+    assert model.startswith("Edited model: runs/mose/version_0/model")
+    assert page == "Report: runs/mose/version_0/report.html"
     assert "Results after 3 edits" in done.stdout
     assert {p.name.split(".")[0] for p in run.iterdir()} == {
-        *("checkpoints", "config", "edits", "events", "hparams", "model", "results"),
+        *("checkpoints", "config", "edits", "events", "hparams", "model", "outcomes", "report", "results", "spectra"),
     }
     assert [e["case_id"] for e in edits(run)] == ["c0", "c1", "c2"]
 
@@ -130,7 +131,7 @@ def test_the_end_line_names_what_there_is(arguments: Command, tmp_path: Path, ca
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     for given in ([], ["--trainer.logger=false", "--export.model=false"]):
         with caplog.at_level(logging.INFO, logger.name), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "ResultsTable found no ResultsLogger")
+            warnings.filterwarnings("ignore", "(ResultsTable|Report) found no ResultsLogger")
             logger.addHandler(caplog.handler)
             try:
                 assert main([*arguments(n=1), *given]) == 0

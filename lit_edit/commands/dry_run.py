@@ -35,7 +35,7 @@ from lit_edit.model.workspace import Workspace
 from lit_edit.module import LitEdit
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
-from lit_edit.statistics import GradientCollector, KeyCollector, Statistics
+from lit_edit.statistics import GradientCollector, KeyCollector, Statistics, warn_if_few
 from lit_edit.units import size_text, time_text
 
 SAMPLED_TOKENS = 2048  # of the corpus, where its statistics are not there yet
@@ -257,12 +257,14 @@ def _prepared(
     sampled = min(how.corpus_tokens, SAMPLED_TOKENS)
     with tempfile.TemporaryDirectory() as nowhere, warnings.catch_warnings():
         if missing:
-            warnings.simplefilter("ignore", UserWarning)  # that the tokens are few
+            warnings.simplefilter("ignore", UserWarning)  # that the tokens of the sample are few
             how = replace(how, corpus_tokens=sampled, cache_dir=nowhere)
         session = EditSession(module.model, module.tokenizer, module.editor, how, requests=requests)
     preparing = dict(session.prepared)
     if missing:
         preparing["statistics"] *= module.preparation.corpus_tokens / sampled
+        features = {site.name: site.shape[1] for site in session.sites if site.covariance is not None}
+        warn_if_few(features, module.preparation.corpus_tokens, stacklevel=2)
         for site in session.sites:
             if site.covariance is not None and module.preparation.corpus_tokens > max(sampled, site.shape[1]):
                 ridge = _RIDGE * site.covariance.diagonal().mean()

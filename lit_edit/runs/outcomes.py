@@ -13,14 +13,17 @@ Columns, in the order in which they stand:
 * ``questions``: the probes, each with ``kind``, ``prompt``, ``expected``, ``answer``, ``exact``, ``probability``,
   ``rank``.
 
+What is not finite, as after a model's collapse, is null.
+
 ``pandas.read_json(path, lines=True)`` and ``datasets.load_dataset("json", data_files=path)`` open it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +62,35 @@ def outcome_record(outcome: Outcome, edit: Edit | None, edits: int, answer_befor
         "answer": own.answer,
         "status": status,
         "neighbours_broken": sum(q.kind in _UNCHANGED and not q.exact for q in outcome.questions),
-        "probability": own.probability,
+        "probability": _finite(own.probability),
         "rank": own.rank,
-        "probability_after": None if edit is None else edit.p_target,
+        "probability_after": None if edit is None else _finite(edit.p_target),
         "rank_after": None if edit is None else edit.rank,
         "layers": [] if edit is None else edit.layers,
-        "change": None if edit is None else max(edit.change.values(), default=0.0),
+        "change": None if edit is None else _largest(edit.change.values()),
         "seconds": None if edit is None else edit.seconds,
         "questions": [_plain(question) for question in outcome.questions[1:]],
     }
 
 
+def _finite(value: float) -> float | None:
+    """JSON has no word for what a model that has diverged answers with."""
+    return value if math.isfinite(value) else None
+
+
+def _largest(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return max(found, default=0.0) if all(map(math.isfinite, found)) else None  # `max` loses a NaN
+
+
 def _plain(question: Question) -> dict[str, Any]:
-    probability = None if question.kind == "instance" else question.probability
     return {
         "kind": question.kind,
         "prompt": question.prompt,
         "expected": question.expected,
         "answer": question.answer,
         "exact": question.exact,
-        "probability": probability,
+        "probability": _finite(question.probability),  # instances have none
         "rank": question.rank,
     }
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -325,6 +326,16 @@ def _plain(value: Any) -> Any:
 
 def _without_edits(record: Mapping[str, Any]) -> Record:
     return {key: value for key, value in record.items() if key != "edits"}
+
+
+def machine(device: torch.device) -> Record:
+    """What a run is made on, in general terms: nothing that tells one machine from another of its kind."""
+    found: Record = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}
+    if hasattr(os, "sysconf") and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
+        found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        found["accelerator"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,18 @@ def test_pandas_and_datasets_open_it(tmp_path: Path) -> None:
     assert data["status"] == ["to come", "to come", "holds", "forgotten"]
     assert data[2]["questions"][0]["prompt"] == "?"
     assert list(read_outcomes(tmp_path)) == [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_model_that_has_diverged_is_on_file(tmp_path: Path) -> None:
+    """Its probabilities are NaN, for which JSON has no word; the run goes on."""
+    found = outcome(False)
+    lost = [replace(question, probability=math.nan) for question in found.questions]
+    edit = replace(EDIT, p_target=math.nan, change={"1": 0.1, "2": math.nan})
+    write_outcomes(tmp_path / "outcomes.jsonl", [outcome_record(Outcome(REQUEST, lost), edit, 4, "Lima")])
+    (line,) = read_outcomes(tmp_path)
+    assert [line[name] for name in ("probability", "probability_after", "change")] == [None, None, None]
+    assert [question["probability"] for question in line["questions"]] == [None, None]
+    assert (line["status"], line["rank"]) == ("forgotten", 1)
 
 
 def test_a_resumed_run_measures_again_what_came_later(tmp_path: Path) -> None:
