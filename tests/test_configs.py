@@ -311,7 +311,7 @@ def lines_of_use(preset: str) -> list[list[str]]:
 
 # What every preset changes, by dotted name.
 SWITCHES: dict[str, dict[str, Any]] = {
-    "alphaedit-as-printed": {"solver.ridge": 1},
+    "alphaedit-as-printed": {"solver.ridge": 1, "solver.ridge_unit": "absolute"},
     "eac-no-elastic-net": {"values.schedule.elastic_net": False},
     "eac-no-saliency": {"values.schedule.saliency": False},
     "eac-rome-as-released": {"values.schedule.l1": 0},

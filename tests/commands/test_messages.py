@@ -6,6 +6,7 @@ import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_edit.commands.messages import one_line, readable
+from lit_edit.trust import enforce
 
 
 class Part:
@@ -36,6 +37,7 @@ class Whole:
     ],
 )
 def test_the_key_and_the_cause(given: dict[str, object], said: str) -> None:
+    enforce([__name__])  # an earlier command in this process may have denied all but its own
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--top", type=Whole)
     with pytest.raises(ArgumentError) as caught:

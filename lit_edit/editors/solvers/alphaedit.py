@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ class AlphaEdit(Solver):
             it depends on the model's scale. Set it to null to choose by ``energy``.
         energy: the share of the trace of ``C`` that the null space may hold at most, an alternative to ``threshold``.
         ridge: ``L2``, the weight of ``‖ΔW‖²``: 10 in the paper's code, 1 in some configs for larger models.
+        ridge_unit: ``absolute`` as published, or ``energy``: a multiple of the layer's mean ``‖k‖²`` over the corpus,
+            the trace of ``C``. Keys grow from layer to layer, so that one absolute ridge means another thing in each.
         memory: keep the keys of past edits, as the paper does.
 
     Raises:
@@ -41,11 +45,14 @@ class AlphaEdit(Solver):
         energy: float | None = None,
         ridge: float = 10.0,
         memory: bool = True,
+        ridge_unit: Literal["absolute", "energy"] = "absolute",
     ) -> None:
         super().__init__(memory)
+        if ridge_unit not in ("absolute", "energy"):
+            raise ValueError(f"The unit of AlphaEdit's ridge is 'absolute' or 'energy', not {ridge_unit!r}.")
         check_null_space_choice(threshold, energy)  # here already, so that a bad config fails before any work
         self.threshold, self.energy = threshold, energy
-        self.ridge = check_positive(ridge, "AlphaEdit's ridge")
+        self.ridge, self.ridge_unit = check_positive(ridge, "AlphaEdit's ridge"), ridge_unit
 
     def _solve(self, site: EditedWeight, keys: Tensor, targets: Tensor, value_keys: Tensor | None) -> LowRank:
         kept = self._null_space(site).with_all(self.remembered(site), site)
@@ -79,8 +86,11 @@ class AlphaEdit(Solver):
         return self._null_space(site).projector
 
     def _null_space(self, site: EditedWeight) -> PreservedNullSpace:
-        known, chosen_by = site.kept.get(_NAME), (self.threshold, self.energy, self.ridge)
         covariance = self.covariance(site)
+        ridge = self.ridge
+        if self.ridge_unit == "energy":
+            ridge *= float(covariance.diagonal().double().sum())
+        known, chosen_by = site.kept.get(_NAME), (self.threshold, self.energy, ridge)
         if isinstance(known, PreservedNullSpace) and known.chosen_by == chosen_by:
             if known.fits(site, self.remembered(site)):
                 return known
@@ -91,7 +101,7 @@ class AlphaEdit(Solver):
             )
             if not dimension:
                 raise ValueError(self._no_null_space(covariance, site.name))
-        known = site.kept[_NAME] = PreservedNullSpace.of(projector, self.ridge, site, chosen_by)
+        known = site.kept[_NAME] = PreservedNullSpace.of(projector, ridge, site, chosen_by)
         return known
 
     def _no_null_space(self, covariance: Tensor, layer: str) -> str:

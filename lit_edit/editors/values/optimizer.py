@@ -131,7 +131,8 @@ class ValueOptimizer(Configured):
             the last edited layer; MEMIT, AlphaEdit).
         constraint: what values are allowed.
         lr: Adam's learning rate.
-        lr_unit: ``absolute`` as published, or ``relative`` to ``‖v0‖ / √d``, which carries over between models.
+        lr_unit: ``absolute`` as published, or ``relative`` to ``‖W_0 k‖ / √d``, the output of the unedited weight for
+            the request's key, which carries over between models.
         steps: at most so many.
         stop_loss: a problem is done once its loss is below.
         kl_factor: weight of the KL term; 0 leaves it out.
@@ -267,11 +268,7 @@ class ValueOptimizer(Configured):
         starts = self._starts(workspace, requests, problems, average)  # (slots, d)
         slots = [(p, layer) for p, problem in enumerate(problems) for layer in problem.layers]
         outputs = self._with_bias(workspace, starts, slots)
-        unit = (
-            outputs.norm(dim=-1, keepdim=True) / starts.shape[-1] ** 0.5
-            if self.lr_unit == "relative"
-            else torch.ones_like(starts[:, :1])
-        )
+        unit = self._unit(workspace, requests, slots, [problems[p].request for p, _ in slots], average)
         texts = self._texts(workspace, rows, problems)
         sites = [workspace.site(layer) for _, layer in slots]
         prepared = [penalty.prepare(sites) for penalty in penalties]
@@ -401,6 +398,32 @@ class ValueOptimizer(Configured):
             keys = compute_keys(workspace, requests, layers, average)
             outputs = {layer: workspace.architecture[layer].weight.float() @ keys[layer] for layer in layers}
         return torch.stack([outputs[layer][:, p.request] for p in problems for layer in p.layers])
+
+    def _unit(
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        slots: Sequence[tuple[int, int]],
+        asked: Sequence[int],
+        average: KeyAverage,
+    ) -> Tensor:
+        """What the learning rate is a multiple of, ``(slots, 1)``: the same however much has been edited.
+
+        With the weight as edited, steps would grow with the damage that they do.
+        """
+        if self.lr_unit == "absolute":
+            return torch.ones(len(slots), 1, device=workspace.device)
+        layers = sorted({layer for _, layer in slots})
+        keys = compute_keys(workspace, requests, layers, average)
+        outputs = {}
+        for layer in layers:
+            original = workspace.site(layer).original.float()
+            outputs[layer] = (original @ keys[layer].to(original)).to(workspace.device)
+            bias = getattr(workspace.architecture[layer].projection, "bias", None)
+            if bias is not None and not self.constraint.replaces:
+                outputs[layer] += bias.detach().to(outputs[layer])[:, None]
+        found = torch.stack([outputs[layer][:, r] for (_, layer), r in zip(slots, asked, strict=True)])
+        return found.norm(dim=-1, keepdim=True) / found.shape[-1] ** 0.5
 
     def _with_bias(self, workspace: Workspace, starts: Tensor, slots: Sequence[tuple[int, int]]) -> Tensor:
         """v0 as the module puts it out, W k + b: what a change is measured by. A value that replaces has no bias."""

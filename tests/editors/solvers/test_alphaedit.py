@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.sites import normal, orthogonal, random_case
+from helpers.sites import case_of, normal, orthogonal, random_case
 
 import lit_edit.editors.solvers.alphaedit as module
 from lit_edit.editors.solvers import AlphaEdit
@@ -23,6 +23,18 @@ def test_preserved_outputs_stay_and_the_papers_formula_holds(d: int, p: int, n: 
     system = projector @ gram + ridge * torch.eye(p, dtype=torch.float64)
     expected = torch.linalg.solve(system, projector @ case.keys @ case.residual.T).T
     torch.testing.assert_close(delta, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_ridge_in_units_of_energy_is_the_same_at_every_scale_of_keys() -> None:
+    """With keys ten times as long the update is a tenth, and does the same to them."""
+    one = random_case(seed=3)
+    ten = case_of(one.weight, one.keys * 10, one.targets + 9 * one.weight @ one.keys, one.covariance * 100)
+    by_energy = AlphaEdit(threshold=None, energy=0.3, ridge=1e-2, ridge_unit="energy")
+    torch.testing.assert_close(ten.delta(by_energy) * 10, one.delta(by_energy), rtol=1e-9, atol=1e-12)
+    absolute = AlphaEdit(threshold=None, energy=0.3, ridge=1e-2 * float(one.covariance.trace()))
+    torch.testing.assert_close(one.delta(by_energy), one.delta(absolute), rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="'absolute' or 'energy', not 'share'"):
+        AlphaEdit(ridge_unit="share")  # type: ignore[arg-type]
 
 
 def test_no_null_space_says_what_to_do() -> None:

@@ -25,6 +25,7 @@ from helpers.references import (
 from helpers.sites import normal
 from torch import Tensor, nn
 
+from lit_edit.algebra.updates import Additive
 from lit_edit.editors.keys import MeanKey, TypeMeanKey
 from lit_edit.editors.values import (
     EAC,
@@ -351,9 +352,22 @@ def test_the_first_step_is_as_long_as_the_learning_rate_says(tiny, kind: str, un
     workspace = make_workspace(tiny)
     found = optimise(workspace, optimizer(kind, lr=0.02, lr_unit=unit, steps=1))
     for problem, layer, value in each_target(found):
-        length = float(put_out(workspace, kind, problem, layer).norm())
+        length = float(put_out(workspace, "mlp, clamped", problem, layer).norm())  # of the edited weight's output
         size = float((value.double() - start_of(workspace, kind, problem, layer)).norm())
         assert size == pytest.approx(0.02 * (32**0.5 if unit == "absolute" else length), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mlp, clamped", "block, clamped", "mlp, matched"])
+def test_a_relative_step_stays_as_long_however_the_weight_was_edited(tiny, kind: str) -> None:
+    """With the weight as edited, steps would grow with the damage that they do."""
+    workspace, lengths = make_workspace(tiny), []
+    for factor in (1.0, 30.0):
+        site = workspace.site(1)
+        site.write(Additive((factor - 1) * site.weight.double()))
+        start = start_of(workspace, kind, PROBLEMS[0], 1)
+        found = optimise(workspace, optimizer(kind, lr=1e-3, lr_unit="relative", steps=1, kl_factor=0.0), PROBLEMS[:1])
+        lengths.append(float((found.targets[0][1].double() - start).norm()))
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.05)  # on a larger sphere a chord is another one
 
 
 @in_one_family
