@@ -32,24 +32,24 @@ class EditProgressBar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        latest, edits = self._latest(trainer)
-        if latest and edits != self._said:
+        measured = self._measured(trainer)
+        edits = max(measured, default=None)
+        if edits is not None and measured[edits] and edits != self._said:
             self._said = edits
-            self.print(f"{edits:>6} edits   " + "   ".join(f"{name} {value:.3g}" for name, value in latest.items()))
+            figures = "   ".join(f"{name} {value:.3g}" for name, value in measured[edits].items())
+            self.print(f"{edits:>6} edits   {figures}")
 
     @staticmethod
-    def _latest(trainer: Trainer) -> tuple[dict[str, float], int | None]:
-        """The latest figures under their short names, and the count at which the last of them was measured."""
-        figures: dict[str, float] = {}
-        edits: int | None = None
+    def _measured(trainer: Trainer) -> dict[int, dict[str, float]]:
+        """The latest figures of each callback under their short names, by the count at which they were measured."""
+        found: dict[int, dict[str, float]] = {}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EveryNEdits) and callback.latest:
-                edits = max(edits or 0, callback.last_measured or 0)
+            if isinstance(callback, EveryNEdits) and callback.latest and callback.last_measured is not None:
                 for tag, value in callback.latest.items():
                     short = SHORT.get(tag, tag.removeprefix("downstream/") if tag.startswith("downstream/") else None)
                     if short is not None:
-                        figures[short] = value
-        return figures, edits
+                        found.setdefault(callback.last_measured, {})[short] = value
+        return found
 
     @override
     def get_metrics(
@@ -63,6 +63,6 @@ class EditProgressBar(TQDMProgressBar):
         last = getattr(pl_module, "last_edits", None)
         if last:
             items["p(target)"] = f"{sum(e.p_target for e in last) / len(last):.2f}"
-        latest, _ = self._latest(trainer)
+        latest = {name: value for figures in self._measured(trainer).values() for name, value in figures.items()}
         items.update({short: f"{latest[short]:.3g}" for short in SHORT.values() if short in latest})
         return items

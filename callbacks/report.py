@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lit_edit.program import program
 from lit_edit.runs.report import FILE_NAME, write_report
 from lit_edit.runs.results import ResultsLogger
 
@@ -65,7 +66,7 @@ class Report(Callback):
         except Exception:  # whatever it is, hours of edits are worth more than their page
             rank_zero_warn(
                 f"The report was not written; all that it is made of is in {folder}. "
-                f"Write it later with `python train.py report {folder}`.\n{traceback.format_exc()}",
+                f"Write it later with `{program()} report {folder}`.\n{traceback.format_exc()}",
                 category=UserWarning,
             )
             return

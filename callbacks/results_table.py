@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,9 @@ from typing_extensions import override
 
 from lit_edit.runs.journal import Journal
 from lit_edit.runs.results import ResultsLogger, results_table
+from lit_edit.units import counted
+
+from .retention import Retention
 
 
 class ResultsTable(Callback):
@@ -69,6 +73,21 @@ class ResultsTable(Callback):
             if said:
                 Console(highlight=False).print(said)
         Console().print(results_table(results.records))
+        retention = next((c for c in trainer.callbacks if isinstance(c, Retention)), None)  # type: ignore[attr-defined]
+        if retention is not None and retention.counts_by_status:
+            print(verdict(retention.counts_by_status), flush=True)
+
+
+def verdict(counts: Mapping[str, int]) -> str:
+    """How many edits hold, and what became of the others, in one line."""
+    n = sum(counts.values())
+    said = f"{counts.get('holds', 0)} of {counted(n, 'edit')} hold"
+    others = []
+    if forgotten := counts.get("forgotten", 0):
+        others.append(f"{forgotten} forgotten: written, and lost to later edits")
+    if never := counts.get("never written", 0):
+        others.append(f"{never} never written: not the answer even right after the edit")
+    return "; ".join([said, *others]) + (". outcomes.jsonl has each of them." if others else ".")
 
 
 def failures_line(journal: Journal) -> str:

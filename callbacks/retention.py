@@ -92,6 +92,7 @@ class Retention(EveryNEdits):
         self._just_before = Reference()
         self._at_once: dict[str, list[float]] = {}
         self._batch: list[EditRequest] = []
+        self.counts_by_status: Counter[str] = Counter()
 
     @override
     def reset(self) -> None:
@@ -155,7 +156,8 @@ class Retention(EveryNEdits):
             outcome_record(o, edit, edits, self._reference.text(module.prompter, o.request.prompt))
             for o, edit in zip(found, made, strict=True)
         ]
-        self.counts_by_status = Counter(record["status"] for record in records)
+        if edits:
+            self.counts_by_status = Counter(str(record["status"]) for record in records)
         if self.outcomes and trainer.is_global_zero and trainer.log_dir is not None:
             write_outcomes(Path(trainer.log_dir) / FILE_NAME, records)
         at_once = {f"immediate/{name}": sum(values) / len(values) for name, values in self._at_once.items()}

@@ -1,12 +1,19 @@
 """Sequential knowledge editing of language models as ordinary PyTorch Lightning."""
 
-from lit_edit.api import edit, load_editor
+from importlib.metadata import PackageNotFoundError, version
+
+from lit_edit.api import Session, edit, load_editor
 from lit_edit.evaluation.evaluate import Reference, evaluate
 from lit_edit.model.loading import load_model
 from lit_edit.module import LitEdit
 from lit_edit.requests import EditRequest, Probe, RequestError
 from lit_edit.runs.delta import load_delta
 from lit_edit.runs.journal import Edit, Journal
+
+try:
+    __version__ = version("lit-edit")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "unknown"
 
 __all__ = [
     "Edit",
@@ -16,6 +23,8 @@ __all__ = [
     "Probe",
     "Reference",
     "RequestError",
+    "Session",
+    "__version__",
     "edit",
     "evaluate",
     "load_delta",

@@ -50,6 +50,7 @@ from lit_edit.model.families import Architecture
 from lit_edit.model.loading import EMBEDDED
 from lit_edit.model.prompts import check_requests
 from lit_edit.module import CHECKPOINT_KEY, LitEdit
+from lit_edit.program import program
 from lit_edit.runs.interrupts import Interrupted
 from lit_edit.runs.results import ResultsLogger, machine
 from lit_edit.trust import check_classes, enforce, refusal
@@ -69,18 +70,14 @@ class _Command:
 
 
 _COMMANDS = {
-    "compare": _Command(compare.main, compare.SUMMARY, "train.py compare --configs mose rome"),
-    "export": _Command(export.main, export.SUMMARY, "train.py export --run runs/mose/version_0 --out edited-model"),
-    "ask": _Command(ask.main, ask.SUMMARY, 'train.py ask --run runs/mose/version_0 "The capital of France is"'),
-    "undo": _Command(
-        lambda args: undo.undo(args, _opened), undo.UNDO, "train.py undo --run runs/mose/version_0 --last 3"
-    ),
-    "replay": _Command(
-        lambda args: undo.replay(args, _opened), undo.REPLAY, "train.py replay --run runs/mose/version_0"
-    ),
-    "report": _Command(report.main, report.SUMMARY, "train.py report runs/mose/version_0 runs/memit/version_0"),
+    "compare": _Command(compare.main, compare.SUMMARY, "compare --configs mose rome"),
+    "export": _Command(export.main, export.SUMMARY, "export --run runs/mose/version_0 --out edited-model"),
+    "ask": _Command(ask.main, ask.SUMMARY, 'ask --run runs/mose/version_0 "The capital of France is"'),
+    "undo": _Command(lambda args: undo.undo(args, _opened), undo.UNDO, "undo --run runs/mose/version_0 --last 3"),
+    "replay": _Command(lambda args: undo.replay(args, _opened), undo.REPLAY, "replay --run runs/mose/version_0"),
+    "report": _Command(report.main, report.SUMMARY, "report runs/mose/version_0 runs/memit/version_0"),
     "statistics": _Command(
-        lambda args: statistics.main(args, _ready), statistics.SUMMARY, "train.py statistics --config memit.yaml"
+        lambda args: statistics.main(args, _ready), statistics.SUMMARY, "statistics --config memit.yaml"
     ),
 }
 
@@ -217,7 +214,7 @@ class EditCLI(LightningCLI):
         self.config = parser.parse_args(list(args or ()))
         if self.config.subcommand in _COMMANDS:
             name = self.config.subcommand
-            raise ValueError(f"`{name}` comes first: {_COMMANDS[name].example}.")
+            raise ValueError(f"`{name}` comes first: {program()} {_COMMANDS[name].example}.")
         chosen = self.config.get(self.config.subcommand)
         if chosen is not None:
             check_classes(chosen.as_dict(), self.trusted, "The command line")
@@ -289,13 +286,24 @@ class EditCLI(LightningCLI):
         device = self.trainer.strategy.root_device
         dry_run.rehearse(self.model, self.datamodule, retention, device, self.console)
 
+    def after_fit(self) -> None:
+        """Says what can be done with the run, ready to be copied."""
+        saved = next((c.path for c in self.trainer.callbacks if isinstance(c, EditCheckpoint)), None)  # type: ignore[attr-defined]
+        if saved is None or not self.trainer.is_global_zero or self.trainer.log_dir is None:
+            return
+        run = shlex.quote(str(self.trainer.log_dir))
+        first = next((request.prompt for request in self.model.edited_requests), "")
+        print(f"Ask it:     {program()} ask --run {run} {shlex.quote(first)}")
+        print(f"Export it:  {program()} export --run {run} --out edited-model")
+        print(f"Take back:  {program()} undo --run {run} --last 1", flush=True)
+
     def _say_how_to_go_on(self) -> None:
         saved = next((c.path for c in self.trainer.callbacks if isinstance(c, EditCheckpoint)), None)  # type: ignore[attr-defined]
         if saved is None:
             return
         run = Path(self.trainer.log_dir or saved.parent.parent)
         edits = self.model.edits_applied
-        print(f"{edits} edits are saved. To go on: python train.py fit --resume {shlex.quote(str(run))}", flush=True)
+        print(f"{edits} edits are saved. To go on: {program()} fit --resume {shlex.quote(str(run))}", flush=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """TensorBoard under ``runs/<configuration>`` unless told otherwise; ``results.json`` beside it always.
@@ -518,3 +526,7 @@ def _hint(error: BaseException) -> str:
     if isinstance(error, ArgumentError) and "the following arguments are required" in str(error):
         return " (a configuration has them: fit --config mose.yaml)"
     return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,7 @@ from lit_edit.editors import Editor, Guard, Mending, Plan
 from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.loading import EMBEDDED, load_model, on_terminal, save_model
 from lit_edit.model.prompts import Prompter
+from lit_edit.program import program
 from lit_edit.requests import EditRequest
 from lit_edit.runs.checkpoint import VerifiedCheckpointIO, go_on_after, reopen_end, reopen_epoch
 from lit_edit.runs.delta import DeltaHeader, save_delta
@@ -24,7 +25,6 @@ from lit_edit.runs.interrupts import signals_held
 from lit_edit.runs.journal import Edit, Journal
 from lit_edit.runs.updates import LIMIT
 from lit_edit.session import EditSession, Preparation
-from lit_edit.statistics import COMMAND
 
 CHECKPOINT_KEY = "lit_edit"
 _PREFIX = "model."  # of the names of the model's parameters in this module
@@ -227,7 +227,10 @@ class LitEdit(L.LightningModule):
 
     @staticmethod
     def _announce(said: str) -> None:
-        print(f"{said} (`{COMMAND}` with the same options does this beforehand, and goes on if cut.)", flush=True)
+        print(
+            f"{said} (`{program()} statistics` with the same options does this beforehand, and goes on if cut.)",
+            flush=True,
+        )
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """None: the values' own Adam lives and ends within a training step."""

@@ -27,6 +27,11 @@ def parse_size(text: str | int) -> int:
     return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 edit``, ``2 edits``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def time_text(seconds: float) -> str:
     """Seconds for people: ``0.4 s``, ``12 min``, ``3.4 h``."""
     if seconds < 0.01:

@@ -56,6 +56,8 @@ def smaller(arguments: list[str]) -> list[str]:
             "0",
             "--downstream.n_items=0",
         ]
+    if arguments[0] == "statistics":
+        return [*arguments, "--model.corpus_tokens=4000"]
     if arguments[0] == "fit" and "--print_config" not in arguments and "--dry_run" not in arguments:
         return [*arguments, *SMALLER]
     return arguments

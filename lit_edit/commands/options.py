@@ -8,15 +8,17 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from lit_edit.program import program
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong as an exception, so that it ends like the errors of ``fit``."""
 
     def __init__(self, command: str, description: str, epilog: str = "") -> None:
         super().__init__(
-            prog=f"train.py {command}",
-            description=description,
-            epilog=epilog,
+            prog=f"{program()} {command}",
+            description=as_called(description),
+            epilog=as_called(epilog),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -25,6 +27,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises ValueError."""
         raise ValueError(f"{self.command}: {message}")
+
+
+def as_called(text: str) -> str:
+    """A text for people with the program named as the user called it."""
+    return text.replace("python train.py", program())
 
 
 def made(kind: Any, section: Mapping[str, Any]) -> Any:

@@ -30,7 +30,7 @@ After Ctrl-C or an error of the network the same command resumes from the last s
 ends with the very numbers of an uninterrupted run."""
 
 _EPILOG = """\
-Every other option is one of `fit`, see `train.py fit --help`:
+Every other option is one of `fit`, see `python train.py fit --help`:
   --model.model gpt2-xl --model.dtype bfloat16   the model, as it will be edited
   --model.corpus texts.txt                       a text on each line; also .jsonl, where the field `text` is one
   --model.corpus hf:owner/name                   a data set of the Hugging Face hub, read as a stream and only as far

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_edit.algebra.linalg import thin_svd
 from lit_edit.files import load_tensors, save_tensors
 from lit_edit.model.fingerprint import model_fingerprint
+from lit_edit.program import program
 
 FORMAT_VERSION = 2
 _METADATA_KEY = "delta"
@@ -197,7 +198,7 @@ def _header(text: str) -> DeltaHeader:
     if values["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"its format is version {values['format_version']}, this program reads {FORMAT_VERSION}. Make "
-            "it again from the run, with `train.py export --delta`."
+            f"it again from the run, with `{program()} export --delta`."
         )
     return DeltaHeader(**{**values, "parameters": tuple(values["parameters"])})
 

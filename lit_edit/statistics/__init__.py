@@ -6,10 +6,9 @@ Each is kept in verified files, and used again only for what it was made from.
 from lit_edit.statistics.collecting import Collector, StatisticsError, collect, sequences_of
 from lit_edit.statistics.covariance import ENOUGH, KeyCollector, KeyCovariance, warn_if_few
 from lit_edit.statistics.gradient import GradientCollector, WeightGradient
-from lit_edit.statistics.store import COMMAND, Header, Statistics, cache_folder
+from lit_edit.statistics.store import Header, Statistics, cache_folder
 
 __all__ = [
-    "COMMAND",
     "ENOUGH",
     "Collector",
     "GradientCollector",

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from lit_edit.files import load_tensors, read_metadata, save_tensors
 from lit_edit.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lit_edit.program import program
 from lit_edit.statistics.collecting import Collector, StatisticsError, collect, gathered, processes
 from lit_edit.statistics.covariance import KeyCollector, warn_if_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COMMAND = "python train.py statistics"
 FORMAT_VERSION = 4
 _KEY = "statistics"  # of the header in a file's metadata
 _REMEDY = "Delete the file to have it computed again."
@@ -307,8 +307,8 @@ class Statistics:
         """What is not there, how to make it, and how the nearest thing that is there differs."""
         said = (
             f"There is no {self.collector.label.lower()} of {', '.join(missing)} over {self.wanted.max_tokens} tokens "
-            f"of the corpus {self.wanted.corpus!r} in {self.folder}: collect it with `{COMMAND}` and the options of "
-            "this run"
+            f"of the corpus {self.wanted.corpus!r} in {self.folder}: collect it with "
+            f"`{program()} statistics` and the options of this run"
         )
         wanted = self.headers[missing[0]]
         differences: list[list[str]] = []

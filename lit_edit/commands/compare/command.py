@@ -15,8 +15,10 @@ from lit_edit.commands.compare.figure import draw
 from lit_edit.commands.compare.processes import run_all, threads_per_run
 from lit_edit.commands.compare.runs import State, plan
 from lit_edit.commands.compare.tables import Comparison, measured
+from lit_edit.commands.options import as_called
 from lit_edit.configs.find import config_folder
 from lit_edit.files import write_json
+from lit_edit.program import program
 
 SUMMARY = "Run several methods over the same edits; one table and one figure."
 
@@ -26,7 +28,7 @@ table and one figure. Interrupted, it goes on where it stopped when it is called
 a run that was cut goes on from its last checkpoint."""
 
 _EPILOG = """\
-Every other option is passed on to each run, see `train.py fit --help`:
+Every other option is passed on to each run, see `python train.py fit --help`:
   --data ZsREDataModule --data.batch_size=10     other edits, in batches
   --downstream.n_items=20                        fewer items of the general abilities
   --model.editor.contexts=0                      a setting that all the methods have
@@ -55,9 +57,9 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The options of ``compare``."""
     made = _Parser(
-        prog="train.py compare",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+        prog=f"{program()} compare",
+        description=as_called(_DESCRIPTION),
+        epilog=as_called(_EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -12,6 +12,7 @@ from lit_edit.algebra.subspaces import cleaned, orthonormal, principal_direction
 from lit_edit.algebra.updates import Additive, LowRank, Update
 from lit_edit.editors.restraints.base import Restraint, UpdateKind
 from lit_edit.model.edited_weight import EditedWeight
+from lit_edit.program import program
 
 _NOTHING = 1e-9  # of an update: what a projection leaves of it is then its own rounding
 
@@ -149,7 +150,7 @@ class ImplicitKnowledge:
         if gradient is None:
             raise ValueError(
                 f"There is no gradient of the language-model loss for layer {site.name!r}: collect it with "
-                "`train.py statistics`, or leave implicit knowledge out (gradient_share 0)."
+                f"`{program()} statistics`, or leave implicit knowledge out (gradient_share 0)."
             )
         found = site.derived("principal directions of the gradient", lambda: principal_directions(gradient))
         # A product like 0.29 * 100 comes out just below the whole number it stands for.

@@ -11,6 +11,7 @@ from lit_edit.algebra.linalg import NotPositiveDefiniteError, solve_spd
 from lit_edit.algebra.updates import UnwritableError, Update
 from lit_edit.editors.solvers.preserved import PreservedGram
 from lit_edit.model.edited_weight import EditedWeight
+from lit_edit.program import program
 from lit_edit.settings import Configured
 
 
@@ -121,7 +122,7 @@ class Solver(Configured, ABC):
         if site.covariance is None:
             raise ValueError(
                 f"{type(self).__name__} needs the key covariance of layer {site.name!r}; collect it with "
-                "`train.py statistics`."
+                f"`{program()} statistics`."
             )
         return site.covariance
 
