@@ -144,6 +144,15 @@ def test_a_callback_is_used_from_the_installed_wheel(wheel: Path, tmp_path: Path
     done = run([sys.executable, "-S", script], cwd=elsewhere, environment={"PYTHONPATH": path})
     assert done.returncode == 0, done.stdout + done.stderr
 
+    # The program itself, under its own name.
+    called = run([sys.executable, "-S", "-m", "lit_edit", "undo", "--help"], elsewhere, {"PYTHONPATH": path})
+    assert called.returncode == 0, called.stderr
+    assert called.stdout.startswith("usage: lit-edit undo")
+    assert "lit-edit undo --run last --to 100" in called.stdout
+    assert "train.py" not in called.stdout
+    entry = next(site.glob("lit_edit-*.dist-info")) / "entry_points.txt"
+    assert "lit-edit = lit_edit.cli:main" in entry.read_text(encoding="utf-8")
+
     said = json.loads(done.stdout.strip().splitlines()[-1])
     assert Path(said["lit_edit"]).is_relative_to(site)
     assert Path(said["config"]).is_relative_to(site)

@@ -17,12 +17,7 @@ from lit_edit.api import facts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The key covariance was counted over")
 FRANCE = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
-PERU = {"prompt": "The capital of Peru is", "subject": "Peru", "target_new": "Oslo", "rephrases": ["Peru is led from"]}
-    "prompt": "The capital of Peru is",
-    "subject": "Peru",
-    "target_new": "Oslo",
-    "rephrases": ["Peru is ruled from"],
-}
+PERU = FRANCE | {"prompt": "The capital of Peru is", "subject": "Peru", "rephrases": ["Peru is led from"]}
 
 
 def opened(family: str = "llama", method: str = "memit", **more: Any) -> Session:
