@@ -139,7 +139,9 @@ class EditDataModule(LightningDataModule):
         """The fields of the file that nothing reads, said in a warning."""
         if not self.fields:
             return []
-        found = dict.fromkeys(str(field) for _, record in records for field in record)
+        found = dict.fromkeys(
+            str(field) for _, record in records if not isinstance(record, RequestError) for field in record
+        )
         unused = [field for field in found if field not in self.fields]
         meant = [field for field in self.fields if field not in found]
         named = []
@@ -156,6 +158,8 @@ class EditDataModule(LightningDataModule):
         refused: list[str] = []
         for number, (source, record) in enumerate(records, start=1):
             try:
+                if isinstance(record, RequestError):
+                    raise record
                 requests.append(self.read_record(record, source, str(number)))
             except RequestError as error:
                 refused.append(str(error))

@@ -10,17 +10,22 @@ import csv
 import gzip
 import io
 import json
+import math
+import re
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lit_edit.requests import RequestError
+from lit_edit.units import size_text
 
 Record = Mapping[str, Any]
-Located = tuple[str, Record]
+Located = tuple[str, Record | RequestError]
 
 HUB_PREFIX = "hf:"
+_DIGITS, _NESTED = 400, 30  # of a number, and of lists and objects within one another
+_UNPACKED = 4 << 30  # bytes of a file at most
 CELL_SEPARATOR = " | "
 
 
@@ -37,8 +42,8 @@ def read_records(path: str | Path, list_columns: Collection[str] = ()) -> list[L
             a list.
 
     Returns:
-        For each record, in file order, the words that locate it and its fields. Records count from 1; JSON Lines
-        and CSV records are located by the line they start in. An empty CSV cell is ``None``.
+        For each record, in file order, the words that locate it and its fields, or why they cannot be read. Records
+        count from 1; JSON Lines and CSV records are located by the line they start in. An empty CSV cell is ``None``.
 
     Raises:
         RequestError: if there is no such file, it is of another kind, is empty or broken, or a record is not an
@@ -72,7 +77,10 @@ def read_records(path: str | Path, list_columns: Collection[str] = ()) -> list[L
 def _read_text(file: Path) -> str:
     """The text of a file, unpacked; a byte-order mark, which spreadsheet programs write, is taken off."""
     try:
-        data = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
+        with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as stream:
+            data = stream.read(_UNPACKED + 1)
+        if len(data) > _UNPACKED:
+            raise RequestError(f"{file.name}: is larger than {size_text(_UNPACKED)} unpacked; split it.")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RequestError(f"{file.name}: is not a readable gzip file ({error}).") from error
     except OSError as error:
@@ -84,9 +92,14 @@ def _read_text(file: Path) -> str:
         raise RequestError(f"{file.name}, line {line}: is not UTF-8 text.") from error
 
 
-def _object(value: Any, source: str) -> Record:
+def _record(value: Any, source: str) -> Record | RequestError:
+    """A record, or why it is none."""
     if not isinstance(value, dict):
-        raise RequestError(f"{source}: is {_kind(value)}, not an object with named fields.")
+        return RequestError(f"{source}: is {_kind(value)}, not an object with named fields.")
+    if isinstance(value, _Spoiled):
+        return RequestError(f"{source}: {value.why}")
+    if _depth(value) > _NESTED:
+        return RequestError(f"{source}: is nested more than {_NESTED} levels deep.")
     return value
 
 
@@ -96,13 +109,77 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
-def _parse_json(text: str, name: str) -> list[Located]:
+class _Spoiled(dict[str, Any]):
+    """An object that JSON allows and nobody can have meant."""
+
+    why = ""
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, marked if it, or one in it, has a field twice: the first would be lost in silence."""
+    found = dict(pairs)
+    within = [item for _, value in pairs for item in (value if isinstance(value, list) else [value])]
+    inner = next((item.why for item in within if isinstance(item, _Spoiled)), None)
+    if len(found) == len(pairs) and inner is None:
+        return found
+    spoiled = _Spoiled(found)
+    names = [name for name, _ in pairs]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    spoiled.why = (inner or "") if twice is None else f"has the field {twice!r} twice."
+    return spoiled
+
+
+def _loads(text: str, name: str, line: int = 1) -> Any:
+    """JSON as Python values.
+
+    Raises:
+        RequestError: If it is none, or goes beyond what a record can need: the message names the line.
+    """
     try:
-        value = json.loads(text)
+        return json.loads(text, object_pairs_hook=_pairs, parse_int=_integer)
     except json.JSONDecodeError as error:
-        raise RequestError(
-            f"{name}, line {error.lineno}, column {error.colno}: is not valid JSON ({error.msg})."
-        ) from error
+        place = f"{name}, line {line + error.lineno - 1}, column {error.colno}"
+        raise RequestError(f"{place}: is not valid JSON ({error.msg}).") from error
+    except RecursionError as error:
+        raise RequestError(f"{name}, line {_deepest(text, line)}: is nested too deeply.") from error
+
+
+def _integer(digits: str) -> int | float:
+    """Python refuses to read numbers of thousands of digits; as a field of a record they are no text in any case."""
+    return int(digits) if len(digits) < _DIGITS else math.inf
+
+
+def _deepest(text: str, line: int) -> int:
+    """The line in which brackets are nested deepest."""
+    depth = most = 0
+    at = line
+    for match in re.finditer(r"[\[{\]}\n]", text):
+        if match[0] == "\n":
+            line += 1
+        elif match[0] in "[{":
+            depth += 1
+            if depth > most:
+                most, at = depth, line
+        else:
+            depth -= 1
+    return at
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects are nested, without recursion."""
+    deepest, open_ = 0, [(value, 1)]
+    while open_:
+        item, depth = open_.pop()
+        deepest = max(deepest, depth)
+        if isinstance(item, dict):
+            open_ += [(inner, depth + 1) for inner in item.values()]
+        elif isinstance(item, list):
+            open_ += [(inner, depth + 1) for inner in item]
+    return deepest
+
+
+def _parse_json(text: str, name: str) -> list[Located]:
+    value = _loads(text, name)
     if isinstance(value, dict):
         lists = {key: item for key, item in value.items() if isinstance(item, list)}
         if len(lists) != 1:
@@ -115,7 +192,7 @@ def _parse_json(text: str, name: str) -> list[Located]:
     if not isinstance(value, list):
         raise RequestError(f"{name}: holds {_kind(value)} where a list of records is expected.")
     sources = [f"{name}, record {number}" for number in range(1, len(value) + 1)]
-    return [(source, _object(record, source)) for source, record in zip(sources, value, strict=True)]
+    return [(source, _record(record, source)) for source, record in zip(sources, value, strict=True)]
 
 
 def _parse_jsonl(text: str, name: str) -> list[Located]:
@@ -124,14 +201,11 @@ def _parse_jsonl(text: str, name: str) -> list[Located]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RequestError(
-                f"{name}, line {number}, column {error.colno}: is not valid JSON ({error.msg})."
-            ) from error
         source = f"{name}, line {number}"
-        records.append((source, _object(value, source)))
+        try:
+            records.append((source, _record(_loads(line, name, number), source)))
+        except RequestError as error:
+            records.append((source, error))
     return records
 
 

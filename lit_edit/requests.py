@@ -18,7 +18,34 @@ def plain(text: str) -> str:
 
 
 class RequestError(ValueError):
-    """A record that cannot be edited; the message names the file, the record and the field."""
+    """A record that cannot be edited; the message names the file, the record and the field, in one line.
+
+    What is long in it is shortened, and what cannot be printed is escaped, whatever the record holds.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_short_line(message, _REASON if message.count(_SEVERAL) == 0 else _LONGEST))
+
+
+_REASON, _LONGEST = 400, 1200  # characters of an error about one record, and about several
+_SEVERAL = " records cannot be edited: "
+
+
+def one_short_line(text: str, most: int) -> str:
+    """A text without what cannot be printed, and without its middle if it is too long.
+
+    Example:
+        >>> one_short_line("a" * 30 + "end", 20)
+        'aaaaaaaaa [...] aend'
+    """
+    if len(text) > 2 * most:  # before the work of escaping it
+        text = text[:most] + text[-most:]
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) <= most:
+        return text
+    cut = " [...] "
+    start = (most - len(cut)) * 3 // 4
+    return text[:start] + cut + text[start + len(cut) - most :]
 
 
 def _refuse(source: str, field: str, why: str) -> RequestError:
@@ -39,8 +66,13 @@ def refusal(reasons: Sequence[str], of: int, most: int = 10) -> RequestError:
     """
     if len(reasons) == 1:
         return RequestError(reasons[0])
-    more = f" And {len(reasons) - most} more." if len(reasons) > most else ""
-    return RequestError(f"{len(reasons)} of {of} records cannot be edited: {' '.join(reasons[:most])}{more}")
+    shown: list[str] = []
+    for reason in reasons[:most]:
+        if shown and sum(map(len, shown)) + len(reason) > _LONGEST - 200:
+            break
+        shown.append(reason)
+    more = f" And {len(reasons) - len(shown)} more." if len(reasons) > len(shown) else ""
+    return RequestError(f"{len(reasons)} of {of}{_SEVERAL}{' '.join(shown)}{more}")
 
 
 @dataclass(frozen=True)

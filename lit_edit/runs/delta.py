@@ -31,7 +31,7 @@ class DeltaHeader:
     """What a delta belongs to.
 
     Attributes:
-        original: `lit_edit.statistics.model_fingerprint` of the model it is applied to.
+        original: `lit_edit.model.fingerprint.model_fingerprint` of the model it is applied to.
         edited: that of the model it gives; None where it is stored with a loss, or is the original's.
         parameters: names of the weights that change.
         error: largest relative error ``‖W_given − W_edited‖_F / ‖W_edited‖_F`` over the weights; 0 where exact.
@@ -65,7 +65,7 @@ def save_delta(
         model: the edited model.
         originals: the weights that edits may have touched, as they were, by parameter name. Those that did not change
             are left out.
-        original: `lit_edit.statistics.model_fingerprint` of the model before the first edit.
+        original: `lit_edit.model.fingerprint.model_fingerprint` of the model before the first edit.
         tolerance: 0 keeps the changed weights themselves, exact bit by bit. Otherwise each change is kept as two thin
             factors with at most this relative error in the weight, where that is smaller: a few additive edits then
             take kilobytes.

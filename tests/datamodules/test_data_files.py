@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ RECORDS = [{"a": "x"}, {"a": "y"}]
 
 
 def error_of(path: str | Path) -> str:
-    with pytest.raises(RequestError) as caught:
-        read_records(path)
+    """That of the file, or else of its first record that cannot be read."""
+    with pytest.raises(RequestError) as caught:  # noqa: PT012 - either of two
+        for _, record in read_records(path):
+            if isinstance(record, RequestError):
+                raise record
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -91,6 +95,36 @@ def test_a_broken_file_is_named_with_the_place(tmp_path: Path, name: str, text: 
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     assert error_of(path) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("f.json", '[{"a": 1}, {"b": 1, "a": 2, "b": 3}]', "f.json, record 2: has the field 'b' twice."),
+        ("f.json", '[{"a": {"x": [{"y": 1, "y": 2}]}}]', "f.json, record 1: has the field 'y' twice."),
+        ("f.json", '[{"a": {"y": 1, "y": 2}}]', "f.json, record 1: has the field 'y' twice."),
+        ("f.json", '[{"a": ' + "[" * 40 + "]" * 40 + "}]", "f.json, record 1: is nested more than 30 levels deep."),
+        ("f.json", '[\n{"a": ' + "[" * 10**5 + "]" * 10**5 + "}]", "f.json, line 2: is nested too deeply."),
+        ("f.jsonl", '{"a": 1}\n{"a": ' + "[" * 10**5, "f.jsonl, line 2: is nested too deeply."),
+    ],
+)
+def test_what_nobody_can_have_meant_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert error_of(path) == message
+
+
+def test_a_number_of_thousands_of_digits_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    path.write_text('[{"a": ' + "9" * 6000 + ', "b": 12}]', encoding="utf-8")
+    assert read_records(path)[0][1] == {"a": math.inf, "b": 12}
+
+
+def test_a_file_that_unpacks_beyond_all_measure_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_edit.datamodules.files._UNPACKED", 1000)
+    path = tmp_path / "f.json.gz"
+    path.write_bytes(gzip.compress(b" " * 5000 + b'[{"a": "x"}]'))
+    assert error_of(path) == "f.json.gz: is larger than 1 kB unpacked; split it."
 
 
 def test_truncated_gzip(tmp_path: Path) -> None:

@@ -158,11 +158,32 @@ def test_columns_that_nothing_reads_are_said_with_the_one_that_may_be_meant(writ
     assert published.unused == []
 
 
-def test_a_broken_file_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+def test_a_broken_line_is_skipped_and_a_broken_file_is_not(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(fact(1)) + "\n{")
     with pytest.raises(RequestError, match=r"f\.jsonl, line 2, column 2: is not valid JSON"):
-        FactsDataModule(str(path), on_bad_record="skip").setup("fit")
+        FactsDataModule(str(path)).setup("fit")
+    data = FactsDataModule(str(path), on_bad_record="skip")
+    with pytest.warns(UserWarning, match="1 of 2 records cannot be edited and are left out"):
+        data.setup("fit")
+    assert len(data.requests) == len(data.refused) == 1
+    path.with_suffix(".json").write_text(f"[{json.dumps(fact(1))}, ")
+    with pytest.raises(RequestError, match=r"f\.json, line 1, column \d+: is not valid JSON"):
+        FactsDataModule(str(path.with_suffix(".json")), on_bad_record="skip").setup("fit")
+
+
+def test_errors_are_one_line_of_a_length_that_can_be_read(tmp_path: Path) -> None:
+    """Whatever the records hold: what is long is cut, what cannot be printed is escaped."""
+    records = [fact(n, prompt="a" * 5000, subject="b\n\ud800" * 500) for n in range(30)]
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps(records))
+    with pytest.raises(RequestError) as caught:
+        FactsDataModule(str(path)).setup("fit")
+    said = str(caught.value)
+    assert "30 of 30 records cannot be edited" in said
+    assert " more." in said
+    assert len(said) < 1300
+    assert said.isprintable()
 
 
 def test_identifiers_are_made_to_differ(write_json: Callable[..., str]) -> None:
