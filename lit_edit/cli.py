@@ -268,11 +268,10 @@ class EditCLI(LightningCLI):
             dry_run.foresee(self.config[self.subcommand].as_dict(), self.console)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        Architecture(
-            self.model.model, self.model.preparation.family
-        )  # a model of an unknown kind is refused before it is asked
         if not self.dry:
             try:
+                # A model of an unknown kind is refused before it is asked.
+                Architecture(self.model.model, self.model.preparation.family)
                 super()._run_subcommand(subcommand)
             except BaseException:
                 if self.trainer.is_global_zero:
@@ -282,6 +281,7 @@ class EditCLI(LightningCLI):
                         _take_back(self._made)
                 raise
             return
+        Architecture(self.model.model, self.model.preparation.family)
         retention = next((c for c in self.trainer.callbacks if isinstance(c, Retention)), None)  # type: ignore[attr-defined]
         device = self.trainer.strategy.root_device
         dry_run.rehearse(self.model, self.datamodule, retention, device, self.console)
@@ -432,7 +432,10 @@ def _missing(folder: Path) -> list[Path]:
 
 
 # What a run leaves in its folder before its first edit; a checkpoint or a file of the user's own is none of it.
-_BEFORE_THE_FIRST_EDIT = ("config.yaml", "hparams.yaml", "results.json", "events.out.tfevents.*")
+_BEFORE_THE_FIRST_EDIT = (
+    *("config.yaml", "hparams.yaml", "results.json", "outcomes.jsonl", "spectra.json"),
+    "events.out.tfevents.*",
+)
 
 
 def _take_back(made: Sequence[Path]) -> None:

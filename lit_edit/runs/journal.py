@@ -160,7 +160,8 @@ class Journal:
 
     def keep_in(self, folder: Path) -> None:
         """Writes all so far into a folder, and from now on every edit and event as it comes."""
-        self.write(folder / EDITS_FILE)
+        if self.edits or (folder / EDITS_FILE).exists():
+            self.write(folder / EDITS_FILE)
         if self.events or (folder / EVENTS_FILE).exists():
             _write(folder / EVENTS_FILE, self.events)
         self._folder = folder

@@ -372,7 +372,8 @@ class UpdateLog:
         if folder == self._folder:
             return
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        if self._writes:
+            folder.mkdir(parents=True, exist_ok=True)
         for index in sorted(self._writes):  # a log without files has no folder yet
             shutil.copyfile(self.path(index), folder / self.path(index).name)
         if self._temporary is not None:

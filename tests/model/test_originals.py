@@ -22,6 +22,7 @@ from lit_edit.module import CHECKPOINT_KEY
 from lit_edit.runs.delta import load_delta
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:. of the facts are in the weights already"),
     pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"),
 ]
