@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -279,25 +280,16 @@ REAL = [
 ]
 
 
-@pytest.fixture
-def _warns_if_refused(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.callspec.params["n_refused"]:
-        with pytest.warns(UserWarning, match="cannot be edited and are left out"):
-            yield
-    else:
-        yield
-
-
 @pytest.mark.parametrize(
     ("kind", "name", "n_loaded", "n_refused"), REAL, ids=[name.split("/")[1] for _, name, *_ in REAL]
 )
-@pytest.mark.usefixtures("_warns_if_refused")
 def test_real_files(
     real_file: Callable[[str], Path], kind: type[EditDataModule], name: str, n_loaded: int, n_refused: int
 ) -> None:
     path = real_file(name)
     data = kind(str(path), n_edits=None, on_bad_record="skip")
-    data.setup("fit")
+    with pytest.warns(UserWarning, match="are left out") if n_refused else contextlib.nullcontext():
+        data.setup("fit")
     assert len(data.requests) + len(data.refused) == len(json.loads(path.read_text(encoding="utf-8")))
     assert (len(data.requests), len(data.refused)) == (n_loaded, n_refused)
     assert len({request.case_id for request in data.requests}) == n_loaded
