@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-slow lint bench compare results card world clean
+.PHONY: help run test test-slow lint bench compare results results-quick card world clean
 
 # torch comes first: with it installed, no other package asks for a build with GPU libraries.
 $(READY): pyproject.toml constraints.txt
@@ -38,6 +38,12 @@ compare: $(READY)
 # on a seed that no setting was chosen on.
 RESULTS := --n_edits 200 --at 25 50 100 200 --seeds 1 --jobs 2 --downstream.n_items=50 --out runs/results
 
+# The main methods in some twenty minutes on two cores: two seeds that no setting was chosen on.
+results-quick: $(READY)
+	$(BIN)/python train.py compare --n_edits 100 --at 25 50 100 --seeds 2 3 --jobs 2 --downstream.n_items=50 \
+		--out runs/results-quick --figure docs/some-methods.png \
+		--configs rome alphaedit eac-rome memit memit-plus mose mose-key mose-plus $(ARGS)
+
 results: $(READY)
 	$(BIN)/python train.py compare $(RESULTS) --figure docs/some-methods.png \
 		--configs rome alphaedit memit eac-rome mose mose-key $(ARGS)
@@ -48,6 +54,15 @@ card: $(READY)
 
 world: $(READY)
 	$(BIN)/python -m lit_edit.world.train $(ARGS)
+
+help:
+	@echo 'make run            set up, and edit the embedded model 100 times'
+	@echo 'make test           set up, and run the tests; make test-slow runs the slow ones'
+	@echo 'make lint           ruff and mypy'
+	@echo 'make bench          what an edit costs'
+	@echo 'make results-quick  the table and figure of the README; make results has every method'
+	@echo 'make card, world    the embedded model: its card, and making it anew'
+	@echo 'make clean          remove .venv and runs'
 
 clean:
 	rm -rf $(VENV) runs

@@ -34,7 +34,7 @@ OVERLAYS = sorted(
 )
 MODELS = sorted(path.stem for path in CONFIGS.glob("models/*.yaml"))
 PRESETS = sorted(path.stem for path in CONFIGS.glob("presets/*"))
-ORTHOGONAL = ("mose", "mose-key", "mose-oft")
+ORTHOGONAL = ("mose", "mose-key", "mose-plus", "mose-oft")
 
 
 def content(name: str) -> dict[str, Any]:
