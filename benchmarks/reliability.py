@@ -72,11 +72,13 @@ def final(run: Path) -> dict[str, Any]:
 
 def same(one: Any, other: Any) -> bool:
     """Equal, tensors bit by bit."""
-    try:
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    except (AssertionError, TypeError):
-        return isinstance(one, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    return True
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other) or (one != one and other != other)
 
 
 def go_on(folder: Path, method: str) -> tuple[int, str]:
@@ -110,7 +112,7 @@ def interrupted(limit: bool) -> Callable[[int, Path, random.Random], str]:
         folder.mkdir()
         arguments = [sys.executable, "-c", _RUN, *command(folder, method)]
         if limit:
-            size = rng.choice([20_000, 40_000, 80_000, 160_000])
+            size = rng.choice([1_000, 3_000, 6_000, 12_000, 24_000])
             done = subprocess.run(
                 arguments,
                 capture_output=True,

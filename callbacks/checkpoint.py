@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lit_edit.runs.interrupts import signals_held
@@ -40,8 +41,13 @@ class EditCheckpoint(EveryNEdits):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # An interrupted run loses no edit; one that never began has none.
         if trainer.training and count_edits(trainer, pl_module):
-            with signals_held():
-                self.measure(trainer, pl_module, count_edits(trainer, pl_module))
+            try:
+                with signals_held():
+                    self.measure(trainer, pl_module, count_edits(trainer, pl_module))
+            except OSError as error:  # a full disk, perhaps the very reason why the run ends: what it says comes first
+                rank_zero_warn(
+                    f"The edits since the last checkpoint could not be saved ({error}).", category=UserWarning
+                )
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:

@@ -49,7 +49,10 @@ class ResultsTable(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._sum_up(trainer, pl_module)
+        try:
+            self._sum_up(trainer, pl_module)
+        except OSError as error:  # a full disk, perhaps the very reason why the run ends: what it says comes first
+            rank_zero_warn(f"The run could not be summed up ({error}).", category=UserWarning)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
