@@ -93,6 +93,8 @@ class Session:
         dtype: In which a named model is loaded.
         mending: When past edits that slipped are written again; never if None.
         guard: What becomes of edits that fail; the defaults of `lit_edit.editors.Guard` if None.
+        facts: Those to come, as far as they are known: what does not fit the model is said before statistics are
+            collected.
         progress: Show a bar while statistics are collected.
         **preparation: Settings of `lit_edit.session.Preparation`: ``corpus``, ``seed``, ``cache_dir`` and others.
 
@@ -119,6 +121,7 @@ class Session:
         dtype: str = "float32",
         mending: Mending | None = None,
         guard: Guard | None = None,
+        facts: Fact | Iterable[Fact] = (),
         progress: bool = False,
         **preparation: Any,
     ) -> None:
@@ -136,7 +139,14 @@ class Session:
         self.tokenizer = tokenizer
         self._fingerprint = model_fingerprint(model)
         self.inner = EditSession(
-            model, tokenizer, self.method, Preparation(**preparation), mending, guard=guard, progress=progress
+            model,
+            tokenizer,
+            self.method,
+            Preparation(**preparation),
+            mending,
+            facts_of(facts),
+            guard=guard,
+            progress=progress,
         )
         self._reference = Reference()
         #: What a further call of `edit` has to agree with.
@@ -305,7 +315,10 @@ def edit(
     session = getattr(model, _MARK, None)
     asked = [settings_of(part) for part in (editor, mending, guard or Guard(), Preparation(**preparation))]
     if not isinstance(session, Session) or session.settings != asked:
-        session = Session(model, editor, tokenizer=tokenizer, mending=mending, guard=guard, **preparation)
-    session.edit(facts_of(requests, len(session.journal) + 1), batch_size)
+        known = facts_of(requests)
+        session = Session(model, editor, tokenizer=tokenizer, mending=mending, guard=guard, facts=known, **preparation)
+        session.edit(known, batch_size)
+    else:
+        session.edit(facts_of(requests, len(session.journal) + 1), batch_size)
     session.finish()
     return model, session.journal

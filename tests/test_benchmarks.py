@@ -43,6 +43,7 @@ def test_bench_writes_figures_and_tables(tmp_path: Path) -> None:
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
 
+@pytest.mark.slow
 def test_bench_of_a_published_shape(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     asked = ["--only", "large", "--large", "tiny", "--large_edits", "2", "--large_tokens", "2000", "--out", str(out)]

@@ -107,7 +107,7 @@ def test_a_page_that_cannot_be_made_does_not_lose_the_run(editor, make_trainer, 
     with pytest.warns(UserWarning, match="The report was not written") as caught:
         made.fit(editor, edit_loader(4, 1))
     (said,) = [str(w.message) for w in caught if "report" in str(w.message)]
-    assert f"`python train.py report {tmp_path}`" in said
+    assert f"`lit-edit report {tmp_path}`" in said
     assert "KeyError: 'a column nobody knows'" in said
     assert [record["edits"] for record in read_results(tmp_path).records] == [0, 2, 4]
     monkeypatch.undo()

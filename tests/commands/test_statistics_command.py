@@ -29,7 +29,7 @@ def test_fit_finds_what_was_collected(given: list[str], tmp_path: Path, capsys: 
     fit = ["fit", *own, *facts, "--model.editor.values.steps=2", "--downstream.n_items=0", "--retention.every_n=9"]
     fit += ["--model.collect_statistics=false", "--trainer.default_root_dir", str(tmp_path)]
     assert main(fit) == 2
-    assert "collect it with `python train.py statistics`" in capsys.readouterr().err
+    assert "collect it with `lit-edit statistics`" in capsys.readouterr().err
     assert main(["statistics", *own]) == 0
     said = capsys.readouterr().out
     assert "2 missing" in said

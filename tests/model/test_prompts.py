@@ -111,8 +111,8 @@ def test_all_records_that_do_not_fit_are_named_at_once(tiny) -> None:
     assert " facts.json, record 4, field 'prompt': " in said
     with pytest.raises(RequestError) as caught:
         check_requests([record(n, "Maria " * 200) for n in range(12)], make_workspace(tiny).prompter)
-    assert str(caught.value).endswith("And 2 more.")
-    assert str(caught.value).count("the model takes") == 10
+    assert str(caught.value).endswith("And 6 more.")  # as many as can be read
+    assert str(caught.value).count("the model takes") == 6
 
 
 def test_a_target_that_shares_its_first_token_with_the_subject_is_refused() -> None:

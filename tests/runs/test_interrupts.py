@@ -79,7 +79,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tiny_folder: Callable[[str], Pat
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[0]
     assert process.returncode == 143
-    assert f"To go on: python train.py fit --resume {run}" in said
+    assert f"To go on: lit-edit fit --resume {run}" in said
     saved = torch.load(run / "checkpoints/edits.ckpt", weights_only=True)["lit_edit"]
     made = len(saved["journal"]["edits"])
     assert 2 <= made < 7
