@@ -344,10 +344,12 @@ class EditSession:
             self.workspace.history = rest
             if finished:
                 self.workspace.finished_at = -1
-            if mates:
+            size = self.editor.max_batch or max(len(mates), 1)
+            for start in range(0, len(mates), size):
+                part = mates[start : start + size]
                 with torch.enable_grad():
-                    again = self.editor.plan(self.workspace, [history[n] for n in mates])
-                self._write("mend", replace(again, numbers=mates), edits)
+                    again = self.editor.plan(self.workspace, [history[n] for n in part])
+                self._write("mend", replace(again, numbers=part), edits)
             if finished and rest:
                 self._finish_editor()
         seconds = time.perf_counter() - began

@@ -12,7 +12,7 @@ from helpers.sessions import FACTS, MAKERS, contents, locate, session, write
 
 from lit_edit.editors import LocateThenEdit, Mending
 from lit_edit.editors.restraints import PRUNE
-from lit_edit.editors.solvers import MEMIT
+from lit_edit.editors.solvers import MEMIT, ROME, Solver
 from lit_edit.files import DamagedFileError
 from lit_edit.requests import EditRequest
 from lit_edit.runs.updates import UpdateLog, checksum_of
@@ -49,9 +49,9 @@ def test_undone_from_the_end_one_by_one_is_every_former_state(name: str) -> None
     for number in range(6, 0, -1):
         assert opened.undo(last=1) == [number]
         assert_equal(contents(opened), states[number - 1])
-        assert sum(site.edits for site in opened.sites) == sum(len(set(site.owners)) for site in opened.sites) or (
-            not opened.sites[0].owners
-        )
+        for site in opened.sites:
+            assert site.edits == number - 1
+            assert set(site.owners) <= set(range(1, number))
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -85,11 +85,12 @@ def test_undoing_one_of_a_batch_writes_the_others_again() -> None:
     assert not any(site.edited for site in opened.sites)
 
 
-def test_an_edit_kept_with_one_that_goes_is_written_again_without_it() -> None:
+@pytest.mark.parametrize("solver", [MEMIT(1e-3, memory=True), ROME()])  # many at a time, and one
+def test_an_edit_kept_with_one_that_goes_is_written_again_without_it(solver: Solver) -> None:
     said = {"was born": "Oslo", "lives": "Bonn", "works": "Rome"}
     who = FACTS[0].subject
     same = [EditRequest(verb, f"{who} {verb} in", who, where) for verb, where in said.items()]
-    opened = write(session(locate(MEMIT(1e-3, memory=True), with_earlier=True)), same)
+    opened = write(session(locate(solver, with_earlier=True)), same)
     assert [write.kept_with for write in opened.updates.writes] == [(), (1,), (1, 2)]
     opened.undo([1])
     assert [event.numbers for event in opened.journal.events] == [[1], [2, 3]]
@@ -111,7 +112,6 @@ def test_undo_restrains_anew_what_was_restrained_at_the_end() -> None:
 
 def test_what_cannot_be_undone_is_named() -> None:
     opened = write(session(MAKERS["ROME"]()), FACTS)
-    before = contents(opened)
     for bad, said in (({"numbers": [9]}, "Edit 9 is not in the weights"), ({"case_ids": ["x"]}, "case id 'x'")):
         with pytest.raises(ValueError, match=said):
             opened.undo(**bad)  # type: ignore[arg-type]
@@ -121,7 +121,6 @@ def test_what_cannot_be_undone_is_named() -> None:
         opened.undo([2])
     with pytest.raises(ValueError, match="0 or more"):
         opened.undo(last=-1)
-    assert before.keys() == contents(opened).keys()
 
 
 def test_an_error_amid_undoing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
