@@ -17,12 +17,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
+import os
 import random
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,7 +49,29 @@ from helpers.runs import command_line
 from helpers.sessions import FACTS, MAKERS, contents, session, write
 
 METHODS = ("rome", "memit", "alphaedit", "r-rome", "emmet", "mose")
-_RUN = "import sys; from lit_edit.cli import main; sys.exit(main())"
+PROCESSES = multiprocessing.get_context("forkserver")  # of children that need not import everything again
+PROCESSES.set_forkserver_preload(["lit_edit.cli"])
+
+
+def _child(arguments: list[str], log: Path, size: int | None) -> None:
+    """Runs a command line; files it writes may have ``size`` bytes."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if size is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    from lit_edit.cli import main
+
+    sys.argv = ["lit-edit", *arguments]
+    sys.exit(main())
+
+
+def started(arguments: list[str], folder: Path, size: int | None = None) -> Any:
+    """A process that runs a command line."""
+    process = PROCESSES.Process(target=_child, args=(arguments, folder / "log", size))
+    process.start()
+    return process
 
 
 def command(folder: Path, method: str) -> list[str]:
@@ -89,8 +112,9 @@ def go_on(folder: Path, method: str) -> tuple[int, str]:
     else:
         shutil.rmtree(folder / method, ignore_errors=True)
         arguments = command(folder, method)
-    done = subprocess.run([sys.executable, "-c", _RUN, *arguments], capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr[-300:]
+    process = started(arguments, folder)
+    process.join()
+    return process.exitcode, (folder / "log").read_text(encoding="utf-8", errors="replace")[-300:]
 
 
 def interrupted(limit: bool) -> Callable[[int, Path, random.Random], str]:
@@ -110,30 +134,20 @@ def interrupted(limit: bool) -> Callable[[int, Path, random.Random], str]:
         folder = place / "try"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        arguments = [sys.executable, "-c", _RUN, *command(folder, method)]
-        if limit:
-            size = rng.choice([1_000, 3_000, 6_000, 12_000, 24_000])
-            done = subprocess.run(
-                arguments,
-                capture_output=True,
-                preexec_fn=lambda: (
-                    signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-                ),
-                check=False,
-            )
-            stopped = done.returncode != 0
-        else:
-            process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        size = rng.choice([1_000, 3_000, 6_000, 12_000, 24_000]) if limit else None
+        process = started(command(folder, method), folder, size)
+        if not limit:
             journal = folder / method / "version_0" / "edits.jsonl"
             if rng.random() < 0.8:  # while edits are made; else at any time from the start
-                while process.poll() is None and not journal.is_file():
+                while process.is_alive() and not journal.is_file():
                     time.sleep(0.005)
                 time.sleep(rng.random() * 1.5)
             else:
                 time.sleep(rng.random() * 8)
-            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-            stopped = process.wait() != 0
+            if process.is_alive():
+                os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        process.join()
+        stopped = process.exitcode != 0
         status, said = go_on(folder, method)
         if status:
             return f"lost: {said}"
