@@ -192,7 +192,7 @@ def damage(kind: str) -> Callable[[int, Path, random.Random], str]:
     return attempt
 
 
-_NESTED = "NESTED"  # stands for so many lists within one another, which Python itself could not write
+_NESTED = "NESTED"  # stands for lists nested too deep for Python to write
 _ODD: list[Any] = [None, "", " ", "\ud800", "{}", "a" * 5000, -1, 1e308, float("inf"), True, [], {}, [[]], ["x", None]]
 _ODD += [{"str": 3}, "\x00", "{subject}", 10**40]
 

@@ -30,19 +30,19 @@ class EditDataModule(LightningDataModule):
     interrupted in the middle of an epoch goes on with the first batch that was not finished.
 
     Args:
-        path: the file, in one of the kinds of `read_records`; ``None`` takes the embedded file of the data set.
-        n_edits: how many requests to take; ``None`` takes all there are from ``offset`` on.
-        batch_size: how many requests are edited at once; the last batch may be smaller.
-        seed: shuffles the records of the file, before ``offset`` counts; ``None`` keeps the order of the file.
-        offset: how many requests to leave out at the beginning.
-        on_bad_record: what to do with records that cannot be edited: ``raise`` ends in an error that names them;
+        path: File, in one of the kinds of `read_records`; ``None`` takes the embedded file of the data set.
+        n_edits: Number of requests to take; ``None`` takes all from ``offset`` on.
+        batch_size: Number of requests edited at once; the last batch may be smaller.
+        seed: Seed that shuffles the records of the file, before ``offset`` counts; ``None`` keeps their order.
+        offset: Number of requests to leave out at the beginning.
+        on_bad_record: What to do with records that cannot be edited: ``raise`` ends in an error that names them;
             ``skip`` leaves them out, lists them in `refused` and warns. A file that cannot be read as such is always an
             error.
 
     Attributes:
-        requests: the requests of this run, in the order of editing; filled by `setup`.
-        refused: for each record left out, why, with file, record and field; filled by `setup`.
-        unused: the fields of the file that mean nothing here, where the data set's own are known; filled by `setup`.
+        requests: Requests of this run, in the order of editing; filled by `setup`.
+        refused: Why each record was left out, with file, record and field; filled by `setup`.
+        unused: Fields of the file that mean nothing here, where the data set's own are known; filled by `setup`.
 
     Raises:
         ValueError: if an argument is out of range, or no path is given and there is no embedded file.
@@ -92,9 +92,9 @@ class EditDataModule(LightningDataModule):
         """Turn one record of the file into a request; subclasses may refine it.
 
         Args:
-            record: the fields of the record.
-            source: the words that locate it in an error message.
-            default_id: the identifier to use if the record has none.
+            record: Fields of the record.
+            source: Words that locate it in an error message.
+            default_id: Identifier to use if the record has none.
 
         Raises:
             RequestError: if the record cannot be edited.

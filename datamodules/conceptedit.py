@@ -15,15 +15,15 @@ class ConceptEditDataModule(EditDataModule):
     """ConceptEdit, published as files ``final_<model>_<module>.json``; without a path, the embedded one of that form.
 
     Args:
-        module: where the new definition was taken from: a concept of the same superordinate concept (``intra``) or of
+        module: Where the new definition was taken from: a concept of the same superordinate concept (``intra``) or of
             another (``inter``). It chooses between the embedded files, or between those in the folder ``path``; a
             ``path`` that is a file is read whatever ``module`` says.
-        path: as for `EditDataModule`, or a folder with one ``final_*_<module>.json``.
-        n_edits: how many concepts to take; all of them by default.
-        batch_size: as for `EditDataModule`.
-        seed: as for `EditDataModule`.
-        offset: as for `EditDataModule`.
-        on_bad_record: as for `EditDataModule`.
+        path: As for `EditDataModule`, or a folder with one ``final_*_<module>.json``.
+        n_edits: Number of concepts to take; all by default.
+        batch_size: As for `EditDataModule`.
+        seed: As for `EditDataModule`.
+        offset: As for `EditDataModule`.
+        on_bad_record: As for `EditDataModule`.
 
     Raises:
         ValueError: if an argument is out of range.

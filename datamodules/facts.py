@@ -14,12 +14,12 @@ class FactsDataModule(EditDataModule):
     each other, in whatever words. Other columns are left unused, which a warning says.
 
     Args:
-        path: the file, as for `EditDataModule`; it must be given.
-        n_edits: how many facts to take; all of them by default.
-        batch_size: as for `EditDataModule`.
-        seed: as for `EditDataModule`.
-        offset: as for `EditDataModule`.
-        on_bad_record: as for `EditDataModule`.
+        path: File, as for `EditDataModule`; it must be given.
+        n_edits: Number of facts to take; all by default.
+        batch_size: As for `EditDataModule`.
+        seed: As for `EditDataModule`.
+        offset: As for `EditDataModule`.
+        on_bad_record: As for `EditDataModule`.
 
     Raises:
         ValueError: if no path is given or an argument is out of range.

@@ -33,12 +33,12 @@ def read_records(path: str | Path, list_columns: Collection[str] = ()) -> list[L
     """Read a file of records.
 
     Args:
-        path: a ``.json`` file (a list of objects, or an object in which exactly one value is a list), a ``.jsonl``
+        path: A ``.json`` file (a list of objects, or an object in which exactly one value is a list), a ``.jsonl``
             file (one object a line, blank lines ignored) or a ``.csv`` file (comma-separated, first line the
             column names), each also with ``.gz`` appended; UTF-8. Or ``hf:owner/name`` or ``hf:owner/name:split``
             for a data set of the Hugging Face hub, or ``hf:folder`` for one that ``Dataset.save_to_disk`` wrote
             (split ``train`` unless named; no code that comes with a data set is ever run).
-        list_columns: the CSV columns whose cells may hold several texts separated by ``" | "``; such a cell becomes
+        list_columns: CSV columns whose cells may hold several texts separated by ``" | "``; such a cell becomes
             a list.
 
     Returns:

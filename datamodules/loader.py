@@ -19,7 +19,7 @@ class EditBatch:
     hooks of the module as a list.
 
     Args:
-        requests: the requests, in the order of editing.
+        requests: Requests, in the order of editing.
     """
 
     __slots__ = ("_requests",)
@@ -62,9 +62,9 @@ class EditLoader:
     batches already done towards it.
 
     Args:
-        requests: the requests, in the order of editing.
-        batch_size: how many are edited together.
-        batches_done: how many batches of the current epoch are finished, if somebody counts them; otherwise a
+        requests: Requests, in the order of editing.
+        batch_size: Number of requests edited together.
+        batches_done: Counts the finished batches of the current epoch, if somebody does; otherwise a
             batch counts as done when it has been handed out, which is one too many if the batch then fails.
 
     Raises:
@@ -108,7 +108,7 @@ class EditLoader:
         """Let the next epoch begin after the batches that are done.
 
         Args:
-            state_dict: what `state_dict` returned.
+            state_dict: What `state_dict` returned.
 
         Raises:
             ValueError: if the batch size differs, or the requests already edited are not the first ones here: going on

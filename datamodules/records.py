@@ -55,11 +55,11 @@ class Form:
     """A published form of a record.
 
     Args:
-        name: what the form is called in an error message.
-        fields: the fields it cannot do without, as an error message should list them.
-        marks: the fields by which a record is recognised as being meant in this form: one of them is enough, so that
+        name: Name of the form in an error message.
+        fields: Fields it cannot do without, as an error message lists them.
+        marks: Fields that tell this form from others: one of them is enough, so that
             a record that lacks a required field gets an error about that field.
-        read: turns a record, the words that locate it and the identifier to use if it has none into a request.
+        read: Turns a record, the words that locate it and the identifier to use if it has none into a request.
     """
 
     name: str
@@ -267,9 +267,9 @@ def counterfact_request(record: Record, source: str, default_id: str) -> EditReq
     them) and ``unrelated_relation`` (locality, ``unrelated_relation``: another fact about the same subject).
 
     Args:
-        record: the fields of the record.
-        source: the words that locate it in an error message.
-        default_id: the identifier to use if the record has no ``case_id``.
+        record: Fields of the record.
+        source: Words that locate it in an error message.
+        default_id: Identifier to use if the record has no ``case_id``.
 
     Raises:
         RequestError: if a field is missing, empty or of another type, or the subject is not in the prompt.
@@ -321,9 +321,9 @@ def mend_request(record: Record, source: str, default_id: str) -> EditRequest:
     ``loc`` keeps its prefix here: see `without_nq_prefix`.
 
     Args:
-        record: the fields of the record.
-        source: the words that locate it in an error message.
-        default_id: the identifier to use if the record has no ``case_id``.
+        record: Fields of the record.
+        source: Words that locate it in an error message.
+        default_id: Identifier to use if the record has no ``case_id``.
 
     Raises:
         RequestError: if a field is missing, empty or of another type, or the subject is not in ``src``.
@@ -362,9 +362,9 @@ def conceptedit_request(record: Record, source: str, default_id: str) -> EditReq
     still belong to it?) instance probes. Each of these prompt fields holds one text or a list.
 
     Args:
-        record: the fields of the record.
-        source: the words that locate it in an error message.
-        default_id: the identifier to use if the record has no ``case_id``.
+        record: Fields of the record.
+        source: Words that locate it in an error message.
+        default_id: Identifier to use if the record has no ``case_id``.
 
     Raises:
         RequestError: if a field is missing, empty or of another type, or the label is not in the prompt.
@@ -398,9 +398,9 @@ def flat_request(record: Record, source: str, default_id: str) -> EditRequest:
     of texts, or a list of lists of aliases. Without an answer a locality prompt is judged by the unedited model alone.
 
     Args:
-        record: the fields of the record.
-        source: the words that locate it in an error message.
-        default_id: the identifier to use if the record has no ``case_id``.
+        record: Fields of the record.
+        source: Words that locate it in an error message.
+        default_id: Identifier to use if the record has no ``case_id``.
 
     Raises:
         RequestError: if a field is missing, empty or of another type, or the subject is not in the prompt.
@@ -456,10 +456,10 @@ def read_request(record: Record, source: str, default_id: str, forms: Sequence[F
     """Read a record in whichever of the given forms it has.
 
     Args:
-        record: the fields of the record.
-        source: the words that locate it in an error message.
-        default_id: the identifier to use if the record has none.
-        forms: the forms to expect.
+        record: Fields of the record.
+        source: Words that locate it in an error message.
+        default_id: Identifier to use if the record has none.
+        forms: Forms to expect.
 
     Raises:
         RequestError: if the record has none of these forms, or a field is not as its form wants it.

@@ -11,13 +11,13 @@ class ZsREDataModule(EditDataModule):
     """ZsRE, in MEND's form or in KnowEdit's; without a path, the embedded file of MEND's form.
 
     Args:
-        path: as for `EditDataModule`.
-        n_edits: as for `EditDataModule`.
-        batch_size: as for `EditDataModule`.
-        seed: as for `EditDataModule`.
-        offset: as for `EditDataModule`.
-        on_bad_record: as for `EditDataModule`.
-        keep_loc_prefix: keep the ``nq question: `` that MEND's files put before the locality questions. Models that
+        path: As for `EditDataModule`.
+        n_edits: As for `EditDataModule`.
+        batch_size: As for `EditDataModule`.
+        seed: As for `EditDataModule`.
+        offset: As for `EditDataModule`.
+        on_bad_record: As for `EditDataModule`.
+        keep_loc_prefix: Keep the ``nq question: `` that MEND's files put before the locality questions. Models that
             were not trained on it are asked the question itself, so it is taken off by default.
     """
 

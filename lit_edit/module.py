@@ -39,10 +39,10 @@ class LitEdit(L.LightningModule):
     before: on resuming, the unedited model has it.
 
     Args:
-        editor: the method.
+        editor: Method.
         model: ``embedded``, a folder or a hub name; or a loaded model, together with its ``tokenizer``.
-        tokenizer: of a loaded model.
-        dtype: in which a named model is loaded.
+        tokenizer: Tokenizer of a loaded model.
+        dtype: Dtype in which a named model is loaded.
         mending: When past edits that slipped are written again; never if None.
         guard: What becomes of edits that fail; the defaults of `lit_edit.editors.Guard` if None.
         **preparation: Settings of `lit_edit.session.Preparation`.
@@ -112,7 +112,7 @@ class LitEdit(L.LightningModule):
         """A parameter as it was before the first edit, for callbacks that compare.
 
         Args:
-            name: as in `edited_parameters`, or as in ``named_parameters`` of this module.
+            name: Name as in `edited_parameters`, or as in ``named_parameters`` of this module.
 
         Returns:
             A copy on the CPU, shared by all who ask; of a parameter that was never edited the parameter itself,

@@ -56,9 +56,9 @@ def refusal(reasons: Sequence[str], of: int, most: int = 10) -> RequestError:
     """One error for all records that cannot be edited, so that a file is not mended one mistake a run.
 
     Args:
-        reasons: for each such record, why, as a `RequestError` says it; at least one.
-        of: how many records there are.
-        most: so many of the reasons are named, the rest is counted.
+        reasons: Why each such record is refused, as a `RequestError` says it; at least one.
+        of: Number of records in all.
+        most: Number of reasons that are named; the rest is counted.
 
     Example:
         >>> str(refusal(["a.csv, line 2, field 'prompt': is empty."], 7))
@@ -83,13 +83,13 @@ class Probe:
         kind: ``generalization`` (a rephrasing: the new target is wanted), ``locality`` (out of scope: the output of the
             unedited model is wanted), ``portability`` (a consequence of the edit: ``target`` is wanted), ``generation``
             (an open prompt for free text, not scored by default) or ``instance`` (ConceptEdit's yes/no question).
-        prompt: the complete text that the model continues.
-        target: the recorded answer. For locality it is the true object, which the `probability` definition compares
+        prompt: Complete text that the model continues.
+        target: Recorded answer. For locality it is the true object, which the `probability` definition compares
             with the new target; exact match is taken against the unedited model instead.
-        name: the sub-group within a kind, where a data set has several (``neighborhood``, ``Relation_Specificity``).
-        relation: relation that the question asks for, where the file says; tells whether an edit has written its
+        name: Sub-group within a kind, where a data set has several (``neighborhood``, ``Relation_Specificity``).
+        relation: Relation that the question asks for, where the file says; tells whether an edit has written its
             answer.
-        field: the field of the record that the prompt stands in, as an error message should name it; the same question
+        field: Field of the record that the prompt stands in, as an error message should name it; the same question
             from elsewhere is an equal probe.
     """
 
@@ -112,14 +112,14 @@ class EditRequest:
     """One fact to write into the model: under ``prompt`` it should answer ``target_new``.
 
     Args:
-        case_id: identifies the request within its file.
-        prompt: the complete edit prompt; contains ``subject``. The target follows it after one space.
-        subject: the words whose last token is edited.
-        target_new: the answer wanted, without surrounding white space.
-        target_true: the answer the unedited model is believed to give, if the file says.
-        relation: a relation identifier, if the file says.
-        probes: the questions that judge the edit besides ``prompt`` itself.
-        source: where it came from, as an error message should name it (``facts.csv, record 3``).
+        case_id: Identifier of the request within its file.
+        prompt: Complete edit prompt; contains ``subject``. The target follows it after one space.
+        subject: Words whose last token is edited.
+        target_new: Answer wanted, without surrounding white space.
+        target_true: Answer the unedited model is believed to give, if the file says.
+        relation: A relation identifier, if the file says.
+        probes: Questions that judge the edit besides ``prompt`` itself.
+        source: Where it came from, as an error message names it (``facts.csv, record 3``).
 
     Raises:
         RequestError: if the prompt, subject or target is empty, or the subject does not occur in the prompt.

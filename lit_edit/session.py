@@ -311,8 +311,8 @@ class EditSession:
 
         Args:
             numbers: Of the edits, as in the journal.
-            last: Take back the last so many.
-            to: Take back all after the first so many.
+            last: Number of last edits to take back.
+            to: Number of first edits to keep; the others are taken back.
             case_ids: Of requests.
             reason: Noted in the journal.
 

@@ -30,7 +30,7 @@ def pieces(weight: Tensor, dim: int, width: int = 1) -> Iterator[slice]:
     Args:
         weight: ``(d, p)``.
         dim: 0 for slices of rows, 1 for slices of columns.
-        width: the least number of rows or columns in each but the last.
+        width: Smallest number of rows or columns in each piece but the last.
     """
     length, other = weight.shape[dim], max(weight.shape[1 - dim], 1)
     step = max((_ON_CPU if weight.device.type == "cpu" else _ELSEWHERE) // other, width, 1)
@@ -62,8 +62,8 @@ def remainder_of(exact: Tensor, rounded: Tensor) -> Tensor:
     """What rounding took of a matrix in float64: what `widened` needs to find it again, to 24 binary digits.
 
     Args:
-        exact: as it was.
-        rounded: to bfloat16 or float16; finite.
+        exact: The exact weight before the write.
+        rounded: The weight rounded to bfloat16 or float16; finite.
     """
     if rounded.dtype == torch.bfloat16:
         lower = exact.to(torch.float32).view(torch.int32) - rounded.to(torch.float32).view(torch.int32)

@@ -72,7 +72,7 @@ class ThinSolution:
     Args:
         basis: (d, k), orthonormal columns.
         turn: (k, k), orthogonal.
-        gap: estimate of how far ``tr(Qᵀ M)`` stays below its maximum, relative to it.
+        gap: Estimate of how far ``tr(Qᵀ M)`` stays below its maximum, relative to it.
     """
 
     basis: Tensor
@@ -92,7 +92,7 @@ def procrustes_near_identity(
         preserved: ``S (d, d)``.
         left: ``V (d, n)``.
         right: ``A (d, n)``.
-        tolerance: of the relative gap in the objective.
+        tolerance: Tolerance of the relative gap in the objective.
 
     Raises:
         ValueError: if the shapes do not fit.

@@ -192,9 +192,9 @@ def null_space_projector(
 
     Args:
         covariance: ``C = E[k kᵀ]``, ``(p, p)``, symmetric positive semi-definite.
-        threshold: take the eigenvectors with an eigenvalue below this, in the units of ``covariance`` (squared
+        threshold: Take the eigenvectors with an eigenvalue below this, in the units of ``covariance`` (squared
             activations per token); AlphaEdit uses 2e-2.
-        energy: take the eigenvectors of the smallest eigenvalues that together hold at most this share of the trace, in
+        energy: Take the eigenvectors of the smallest eigenvalues that together hold at most this share of the trace, in
             [0, 1]. Unlike a threshold it does not depend on the scale of the activations.
 
     Returns:
@@ -316,7 +316,7 @@ def svd_of_rank(matrix: Tensor, rank: int, negligible: float) -> tuple[Tensor, T
 
     Args:
         matrix: ``(d, p)``, any floating dtype.
-        rank: what the rank is at most, apart from rounding.
+        rank: Bound on the rank, apart from rounding.
         negligible: Frobenius norm of what may be left out. A singular value ``σ`` is then off by less than its square
             over ``σ``.
 
@@ -345,10 +345,10 @@ class SpectrumSummary:
 
     Attributes:
         frobenius: Frobenius norm (MOSE Eq. 2).
-        l1_norm: sum of absolute values (EAC's L1 norm), not the operator norm of that name.
-        spectral_norm: largest singular value.
-        smallest_singular_value: smallest of the ``min(d, p)`` singular values.
-        condition_number: ratio of the last two (MOSE Eq. 3), infinite if the smallest is 0.
+        l1_norm: Sum of absolute values (EAC's L1 norm), not the operator norm of that name.
+        spectral_norm: Largest singular value.
+        smallest_singular_value: Smallest of the ``min(d, p)`` singular values.
+        condition_number: Ratio of the last two (MOSE Eq. 3), infinite if the smallest is 0.
     """
 
     frobenius: float

@@ -24,8 +24,8 @@ def written_basis(weight: Tensor, original: Tensor, edits: int, eps: float | Non
     Args:
         weight: ``W (d, p)`` as it is now.
         original: ``W_0 (d, p)``, before the first edit.
-        edits: requests that were written into this weight.
-        eps: to what every write rounds, relative to an entry; that of the coarser dtype of the two if None.
+        edits: Requests that were written into this weight.
+        eps: Relative rounding of a write; that of the coarser of the two dtypes if None.
 
     Returns:
         ``(d, r)`` in float64, by descending singular value, the largest entry of each vector positive.

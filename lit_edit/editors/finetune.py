@@ -31,17 +31,17 @@ class FineTune(Editor):
     * FT with an elastic net (Xu et al. 2025, EAC, Appendix E): ``elastic_net`` on the change of the weight.
 
     Args:
-        layers: whose down-projections are trained.
+        layers: Layers whose down-projections are trained.
         lr: Adam's learning rate.
-        steps: at most so many.
-        stop_loss: training ends, or does not start, once the requests' mean loss is below; the penalty does not count.
+        steps: Largest number of steps.
+        stop_loss: Training ends, or does not start, once the requests' mean loss is below; the penalty does not count.
         objective: ``last_token``: every token of the target is predicted from the prompt's last token, as ROME's
             released baseline does; ``target_tokens``: each token from what stands before it (teacher forcing).
-        norm_constraint: after each step no entry of a weight is farther than this from where it was before the batch;
+        norm_constraint: After each step no entry of a weight is farther than this from where it was before the batch;
             None leaves it free.
-        elastic_net: a penalty on the change of each weight since before the batch; None leaves it out.
+        elastic_net: A penalty on the change of each weight since before the batch; None leaves it out.
         weight_decay: Adam's (an L2 term on the weight, not on its change).
-        restraints: what is done to every update of a weight, or to the sum of them, in this order. The updates are of
+        restraints: What is done to every update of a weight, or to the sum of them, in this order. The updates are of
             full rank.
 
     Raises:

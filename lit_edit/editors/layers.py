@@ -67,11 +67,11 @@ class LayerPolicy(Configured, ABC):
         """A choice per request. May run value optimisations; needs gradients enabled.
 
         Args:
-            workspace: the model as edited so far.
-            requests: the batch.
-            values: how the editor will optimise v*.
-            average: of the keys it will solve with.
-            value_average: of the keys at which it will optimise v* and take the residual; None for the same ones.
+            workspace: Model as edited so far.
+            requests: Batch.
+            values: How the editor will optimise v*.
+            average: How the keys it will solve with are averaged.
+            value_average: The same for the keys at which v* and the residual are taken; None for ``average``.
         """
 
 
@@ -79,7 +79,7 @@ class FixedLayers(LayerPolicy):
     """Always the same layers, as ROME (one) and MEMIT or AlphaEdit (several) do.
 
     Args:
-        layers: indices, from 0.
+        layers: Layer indices, counted from 0.
     """
 
     def __init__(self, layers: list[int]) -> None:
@@ -157,16 +157,16 @@ class ActivationSelection(LayerPolicy):
 
     The score looks at the size of the change alone and not at whether it brings the new answer. In the last layer the
     output at the subject's last token reaches no later token, so nothing is optimised there, the change is zero and the
-    rule to the letter always takes that layer; on the sphere of norm-matched values other layers fall short as well.
+    rule as printed always takes that layer; on the sphere of norm-matched values other layers fall short as well.
     ``reach`` therefore compares only candidates whose value moved at all and whose loss came near the lowest; None is
-    the rule to the letter.
+    the rule as printed.
 
     Args:
-        layers: the candidates; all layers of the model if None.
-        neighbours: how many layers on either side of the chosen one are edited as well (the paper: 1); 0 for none.
-        steps: of the candidates' optimisation.
-        contexts: how many of the workspace's contexts it uses, the bare prompt first.
-        reach: candidates whose final loss exceeds the lowest by more than this are passed over; None passes over none.
+        layers: Candidates; all layers of the model if None.
+        neighbours: Layers on either side of the chosen one that are edited as well (the paper: 1); 0 for none.
+        steps: Steps of the candidates' optimisation.
+        contexts: Number of the workspace's contexts it uses, the bare prompt first.
+        reach: Candidates whose final loss exceeds the lowest by more than this are passed over; None passes over none.
     """
 
     def __init__(
@@ -254,13 +254,13 @@ class WilKE(LayerPolicy):
     from one batched optimisation.
 
     Args:
-        layers: the candidates. Published: 0-23 (gpt2-xl, of 48), 0-6 (gpt-j, of 28); 5-10 for 7-8B models in O-Edit's
+        layers: Candidates. Published: 0-23 (gpt2-xl, of 48), 0-6 (gpt-j, of 28); 5-10 for 7-8B models in O-Edit's
             re-run.
-        solver: solves for the updates that are compared; ROME if None, as in the paper. Keys of past edits are not
+        solver: Solves for the updates that are compared; ROME if None, as in the paper. Keys of past edits are not
             given to it, and penalties of the values' optimisation (O-Edit's) are left out, too.
-        steps: of the candidates' optimisation; None takes the editor's own number, as the paper does.
-        reach: candidates whose value never moved, or whose final loss exceeds the lowest by more than this, are passed
-            over, as in `ActivationSelection`. None is the paper's rule to the letter, which looks at the size of the
+        steps: Steps of the candidates' optimisation; None takes the editor's own number, as the paper does.
+        reach: Candidates whose value never moved, or whose final loss exceeds the lowest by more than this, are passed
+            over, as in `ActivationSelection`. None is the paper's rule as printed, which looks at the size of the
             change alone: it needs candidates that leave out the last layers, where no change brings the answer.
 
     Raises:
@@ -360,7 +360,7 @@ def selection_score(weight: Tensor, key: Tensor, target: Tensor, spectral_norm: 
         weight: (d, p).
         key: (p,).
         target: (d,).
-        spectral_norm: of the weight, if known.
+        spectral_norm: Largest singular value of the weight, if known.
     """
     norm = float(torch.linalg.matrix_norm(weight, 2)) if spectral_norm is None else spectral_norm
     return float((target - weight @ key).norm() / (norm * key.norm()))

@@ -30,20 +30,20 @@ class LocateThenEdit(Editor):
     last block (``block``), each layer takes an equal share of what is still missing there (MEMIT's spreading).
 
     Args:
-        layers: which layers a request is edited in.
-        values: the optimisation of v*.
-        solver: from keys and values to an update.
-        keys: how keys are averaged over contexts.
-        value_keys: the same for the keys at which v* is optimised and the residual is taken; None takes ``keys``. Only
+        layers: Policy that chooses the layers a request is edited in.
+        values: Optimisation of v*.
+        solver: Turns keys and values into an update.
+        keys: How keys are averaged over contexts.
+        value_keys: The same for the keys at which v* is optimised and the residual is taken; None takes ``keys``. Only
             for solvers that can tell the two apart: ROME, whose released code takes the bare prompt's key there.
-        restraints: what is done to every update, or to their sum, in this order.
+        restraints: What is done to every update, or to their sum, in this order.
         every_key: Whether to solve for the request's key in every context, each with an equal share of the weight,
             instead of their average alone. The average is what is remembered.
         with_earlier: Whether a subject that was edited before is edited together with its earlier facts: v* is
             optimised for all of them, and its key replaces theirs in the memory. Without it the memory of the first
             edit resists the second, whose key is nearly the same.
-        contexts: number of generated context prefixes.
-        context_length: their length in tokens.
+        contexts: Number of generated context prefixes.
+        context_length: Length of a prefix, in tokens.
 
     Raises:
         ValueError: if the parts do not go together; the message says why.

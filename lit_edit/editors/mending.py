@@ -44,7 +44,7 @@ class Mending:
             )
 
     def is_due(self, last: int, edits: int) -> bool:
-        """Whether to mend after so many edits, the last time having been after ``last``."""
+        """Whether to mend after this many edits, if the last time was after ``last``."""
         return edits // self.every_n > last // self.every_n
 
     def run(

@@ -42,13 +42,13 @@ class MoseOFT(Editor):
     are all the same.
 
     Args:
-        layers: whose down-projections are turned.
-        blocks: on the diagonal of ``B``; their number must divide the projection's input size.
+        layers: Layers whose down-projections are turned.
+        blocks: Number of blocks on the diagonal of ``B``; it must divide the projection's input size.
         lr: Adam's learning rate.
-        steps: of Adam; all are taken.
+        steps: Number of Adam steps; all are taken.
         radius: ``ε`` of constrained OFT: before every forward pass each ``X_i (b, b)`` is shortened to
             ``‖X_i‖_F ≤ ε b² / √blocks``, as released (1e-5). It binds on narrow models only. None leaves it out.
-        restraints: none: a rotation that was restrained would no longer be one.
+        restraints: Must be empty: a restrained rotation is no rotation.
 
     Raises:
         ValueError: for numbers out of range, or if there are restraints.

@@ -53,8 +53,8 @@ def load_tasks(path: str = EMBEDDED, names: Sequence[str] | None = None, n_items
     Args:
         path: ``embedded`` or a file. Tasks named ``inference`` or ``sentiment`` are scored by accuracy, ``qa`` by exact
             match, ``summary`` by ROUGE, any other by accuracy.
-        names: which tasks; all if None.
-        n_items: the first so many items of each; all if None.
+        names: Tasks to run; all if None.
+        n_items: Number of items of each task, from the first; all if None.
 
     Raises:
         TaskFileError: if the file cannot be read or lacks a task or field.

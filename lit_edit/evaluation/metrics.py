@@ -22,11 +22,11 @@ class TargetScores(NamedTuple):
     """How well a model predicts the target of each row; every tensor has shape ``(B,)``.
 
     Args:
-        exact: bool, every target token is the most likely one.
-        token_accuracy: the share of target tokens that are the most likely one.
-        log_prob: the log-probability of the whole target, in nats.
-        mean_log_prob: the same per token, by which targets of different lengths are compared.
-        rank: the worst place of a target token among all tokens at its position; 1 if all are the most likely ones.
+        exact: Whether every target token is the most likely one.
+        token_accuracy: Share of target tokens that are the most likely one.
+        log_prob: Log-probability of the whole target, in nats.
+        mean_log_prob: The same per token, by which targets of different lengths are compared.
+        rank: Worst place of a target token among all tokens at its position; 1 if all are the most likely ones.
     """
 
     exact: Tensor
@@ -44,8 +44,8 @@ def target_scores(logits: Tensor, targets: Tensor) -> TargetScores:
     positions only, since logits over a whole vocabulary are large.
 
     Args:
-        logits: the model's output, shape ``(B, T, V)``.
-        targets: token ids, shape ``(B, T)``: those of the input where the target stands, -100 everywhere else.
+        logits: Model's output, shape ``(B, T, V)``.
+        targets: Token ids, shape ``(B, T)``: those of the input where the target stands, -100 everywhere else.
 
     Returns:
         The scores of each row.
@@ -97,7 +97,7 @@ def squad_normalise(text: str) -> str:
     """Text as SQuAD compares it: lower case, without punctuation, articles and surplus white space.
 
     Args:
-        text: an answer.
+        text: An answer.
 
     Returns:
         The normalised answer.
@@ -114,8 +114,8 @@ def mean_rouge(preds: Sequence[str], golds: Sequence[str]) -> float:
     """The mean of ROUGE-1, ROUGE-2 and ROUGE-L F1 over all texts, as ``torchmetrics`` computes them, without stemming.
 
     Args:
-        preds: generated texts.
-        golds: the reference text of each.
+        preds: Generated texts.
+        golds: Reference text of each.
 
     Returns:
         The mean, between 0 and 1.

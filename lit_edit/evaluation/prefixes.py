@@ -4,7 +4,7 @@ Prompts made from one template, a prompt and its paraphrases, tasks with the sam
 begin alike. Causal attention reads nothing of a beginning but its keys and values, and these do not depend on what
 follows. They are kept by token; every text fetches those to the left of its rest.
 
-Nothing here is an approximation, and whatever it does not hold for takes complete texts: models that are not
+Nothing here is an approximation, and unsupported models run complete texts: models that are not
 `supported`, and those that, at every use, are seen to give something else on the texts that differ most. What is used
 of `transformers` is public: a cache passed as ``past_key_values``, and explicit ``position_ids``.
 """
@@ -65,9 +65,9 @@ def plan(keys: Sequence[tuple[int, ...]], level_cost: int, fixed_cost: int = 0) 
     """Which beginnings to run apart, so that the tokens run become as few as they can.
 
     Args:
-        keys: what of each text may be shared.
-        level_cost: tokens that must be saved for each level of pieces.
-        fixed_cost: and those that must be saved at all.
+        keys: What of each text may be shared.
+        level_cost: Tokens that each level of pieces must save.
+        fixed_cost: Tokens that must be saved in all.
 
     Returns:
         (pieces, each behind its parent; for every key the last piece that it begins with, -1 if none).
@@ -145,11 +145,11 @@ class Part:
     """Texts that go through a model together, each from some token on.
 
     Args:
-        rows: which texts.
+        rows: Texts to run.
         first: (rows,), the token of its text that stands in a row's first column; below 0 where padding does.
         ids: (rows, R).
         mask: (rows, P + R): which of the P tokens to the left, and of those that are run, a row has.
-        cache: the keys and values to the left; None if there are none.
+        cache: Keys and values to the left; None if there are none.
     """
 
     rows: list[int]
@@ -187,12 +187,12 @@ def parts(
     """Texts in batches, of those that begin alike only the rests; each text once, in any order.
 
     Args:
-        model: a causal language model, in evaluation mode.
-        texts: token ids.
-        limits: how many tokens at the beginning of each text need not be run with it; less than all.
-        pad_id: an id to pad with.
-        tokens: of a padded batch, and of the shared beginnings that are kept at a time.
-        room: how many tokens will be written behind each text. With it texts end in the last column and their caches
+        model: A causal language model, in evaluation mode.
+        texts: Token ids.
+        limits: Tokens at the beginning of each text that need not be run with it; fewer than all.
+        pad_id: Token id to pad with.
+        tokens: Tokens of a padded batch, and of the shared beginnings kept at a time.
+        room: Tokens that will be written behind each text. With it texts end in the last column and their caches
             grow; without, padding stands on the right and nothing is added to the caches.
     """
     length = [len(text) for text in texts]
@@ -228,10 +228,10 @@ def batches(width: Mapping[int, int], size: Mapping[int, int], tokens: int, pass
     """Groups of texts of like width.
 
     Args:
-        width: tokens to run, by text.
-        size: tokens that a text counts for in memory, by text.
-        tokens: the padded size of a group stays below so many, unless it is of one text.
-        pass_cost: tokens of padding that are worth another group.
+        width: Tokens to run, by text.
+        size: Tokens that a text counts for in memory, by text.
+        tokens: Largest padded size of a group, unless it has one text only.
+        pass_cost: Tokens of padding that are worth another group.
     """
     order = sorted(width, key=lambda i: (width[i], size[i]))
     count = Counter(width.values())
@@ -265,7 +265,7 @@ def batches(width: Mapping[int, int], size: Mapping[int, int], tokens: int, pass
 
 
 def _chunks(keys: Sequence[tuple[int, ...]], tokens: int) -> Iterator[list[int]]:
-    """Sorted keys, in runs of which no more than so many tokens are shared by any two."""
+    """Sorted keys, in runs any two of which share no more than a number of tokens."""
     order = sorted(range(len(keys)), key=keys.__getitem__)
     chunk: list[int] = []
     kept = before = 0
@@ -288,8 +288,8 @@ def can_share(model: nn.Module, longest: int) -> bool:
     the whole text is. What this does not know of a model, comparing finds out.
 
     Args:
-        model: a causal language model.
-        longest: tokens of the longest text.
+        model: A causal language model.
+        longest: Tokens of the longest text.
     """
     if model.training or "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -310,9 +310,9 @@ class _Behind(DynamicLayer):
     """A block's keys and values behind those that were kept, which are fetched only while the block needs them.
 
     Args:
-        kept: keys and values (slots, heads, head size).
+        kept: Keys and values (slots, heads, head size).
         slots: (rows, P), those to the left of each row.
-        keeps: remember the new ones.
+        keeps: Whether to remember the new ones.
     """
 
     def __init__(self, kept: tuple[Tensor, Tensor], slots: Tensor, keeps: bool) -> None:
@@ -354,7 +354,7 @@ class _Kept:
             self.size += piece.end - piece.start
 
     def add(self, cache: Cache, inside: Tensor, slots: Sequence[int]) -> None:
-        """Takes over what a pass gave for the places (rows, R) that hold tokens, which go to so many slots."""
+        """Takes over what a pass gave for the places (rows, R) that hold tokens, which go to as many slots."""
         for i, layer in enumerate(cache.layers):
             new: tuple[Tensor, Tensor] = (layer.keys, layer.values)  # type: ignore[union-attr,assignment]
             if i == len(self.blocks):
@@ -425,8 +425,8 @@ class _Maker:
         """Runs pieces, and compares some texts that go on from them with complete ones; None if that does not do.
 
         Args:
-            pieces: what to run.
-            behind: the piece that each text goes on from.
+            pieces: Pieces to run.
+            behind: Piece that each text goes on from.
         """
         try:
             kept = self._run(pieces)

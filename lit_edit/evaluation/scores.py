@@ -55,7 +55,7 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 
 @torch.no_grad()
 def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[list[int]]:
-    """Greedy continuations, at most so many tokens each; the end-of-text token ends one and is not included.
+    """Greedy continuations, of a number of tokens at most; the end-of-text token ends one and is not included.
 
     Padding is on the left here, whatever the tokenizer's setting, because every row continues at its end. Not
     `model.generate`: it obeys the model's own generation settings, such as a repetition penalty or further end tokens,

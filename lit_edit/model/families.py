@@ -83,8 +83,8 @@ class Architecture:
     """The editable layers of one model.
 
     Args:
-        model: a causal language model of `transformers`.
-        family: where its parts are, checked by running the model once on three tokens; None looks it up by
+        model: A causal language model of `transformers`.
+        family: Where its parts are, checked by running the model once on three tokens; None looks it up by
             ``config.model_type``.
 
     Raises:
@@ -173,7 +173,7 @@ def _why_not_editable(projection: nn.Module, weight: Any) -> str:
     return ""
 
 
-# Of what a module gives, so many features are computed again: all of them would take gigabytes in a large model.
+# Features of a module's output that are computed again: all of them would take gigabytes in a large model.
 _FEATURES = 64
 _TOKENS = ((1, 2, 3),)
 
@@ -291,9 +291,9 @@ class _Call:
         """The block's output (B, L, d), and what went through the modules in it that have matrices.
 
         Args:
-            changed: a module to whose output ``by`` is added.
-            by: of the shape of that output.
-            first: added to the first token that the block is given, (d,).
+            changed: A module to whose output ``by`` is added.
+            by: Change, of the shape of that output.
+            first: Added to the first token that the block is given, (d,).
         """
         hidden = self.hidden.clone()
         if first is not None:

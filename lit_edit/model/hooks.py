@@ -20,10 +20,10 @@ def read_inputs(
     """Collects each module's latest input under its key while the block runs; hooks are removed whatever happens.
 
     Args:
-        modules: by key.
-        tokens: length of a text in the batch; some models (OPT) flatten batch and sequence before the MLP, and with it
+        modules: Modules by key.
+        tokens: Length of a text in the batch; some models (OPT) flatten batch and sequence before the MLP, and with it
             their inputs come out (rows, tokens, features) all the same.
-        stop: end the forward pass, and with it the block, as soon as every module was seen: nothing after them is
+        stop: End the forward pass, and with it the block, as soon as every module was seen: nothing after them is
             needed.
     """
     seen: dict[int, Tensor] = {}
@@ -50,8 +50,8 @@ def read_outputs(modules: dict[int, nn.Module], tokens: int | None = None) -> It
     """Collects each module's output under its key and ends the forward pass, and the block, with the last of them.
 
     Args:
-        modules: by key.
-        tokens: as for `read_inputs`.
+        modules: Modules by key.
+        tokens: As for `read_inputs`.
     """
     seen: dict[int, Tensor] = {}
 
@@ -78,8 +78,8 @@ def change_outputs(changes: dict[nn.Module, Callable[[Tensor], Tensor]], tokens:
     Blocks of some `transformers` versions return a tuple whose first entry is the hidden state; the rest is kept.
 
     Args:
-        changes: by module, a function of its output.
-        tokens: as for `read_inputs`; the functions then see (rows, tokens, features) whatever the model does.
+        changes: A function of its output, by module.
+        tokens: As for `read_inputs`; the functions then see (rows, tokens, features) whatever the model does.
     """
     handles = []
     try:
@@ -110,7 +110,7 @@ def logits_only_at(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[
     Over a large vocabulary logits take more memory than all the rest of a pass, and most of them nobody reads.
 
     Args:
-        model: a causal language model.
+        model: A causal language model.
         rows: (n,), of the places to read.
         columns: (n,), likewise.
 

@@ -57,7 +57,7 @@ def load_model(
         name: ``embedded`` for the model in the package, a folder, or a name on the Hugging Face hub. Code from a
             model's repository is never run.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
-        device: where to put it.
+        device: Device to put it on.
 
     Raises:
         LoadingError: if there is no such model, it is no causal language model, or its weights are quantised.
@@ -88,8 +88,8 @@ def refuse_quantised(name: str, config: Any) -> None:
     """Raises for a model whose weights are stored in a form that an edit cannot be written to.
 
     Args:
-        name: of the model, for people.
-        config: its configuration, as `AutoConfig` reads it.
+        name: Name of the model, for people.
+        config: Configuration, as `AutoConfig` reads it.
 
     Raises:
         LoadingError: naming how the weights are quantised, whether or not a library for it is installed.
@@ -127,10 +127,10 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, max_shard_size: s
     """Writes a model as plain `transformers` loads it, with its generation settings, tokenizer and chat template.
 
     Args:
-        model: a causal language model of `transformers`; tied weights are written once and tied again when loaded.
-        tokenizer: its tokenizer.
-        folder: made if need be.
-        max_shard_size: weights are split into files of at most this size (``5GB``, ``200MB``).
+        model: A causal language model of `transformers`; tied weights are written once and tied again when loaded.
+        tokenizer: Tokenizer of the model.
+        folder: Folder; made if missing.
+        max_shard_size: Weights are split into files of at most this size (``5GB``, ``200MB``).
 
     Raises:
         LoadingError: if a weight is not finite, the size cannot be read or the folder cannot be written.

@@ -39,11 +39,11 @@ class Place:
     """Where the outputs of one module are changed.
 
     Args:
-        module: a projection, or a block.
+        module: A projection, or a block.
         row: (n,), in its output.
         column: (n,), likewise.
         which: (n,), of the rows that were asked for.
-        base: where the module is a block and the change is one of its projection's outputs: these outputs (n, d), which
+        base: Where the module is a block and the change is one of its projection's outputs: these outputs (n, d), which
             the block's take the difference from. None where the module's own output becomes what it is changed to.
     """
 
@@ -90,8 +90,8 @@ class Passes(ABC):
         """Some of the rows, in the order given; a row may be taken more than once.
 
         Args:
-            rows: which.
-            firsts: for each the first block in which something will be changed.
+            rows: Rows to take.
+            firsts: First block in which something will be changed, by row.
         """
 
     @abstractmethod
@@ -99,8 +99,8 @@ class Passes(ABC):
         """Where to change the outputs of a layer at the subject's last tokens of some rows.
 
         Args:
-            layer: index of a block.
-            rows: which; none whose first block is above the layer.
+            layer: Index of a block.
+            rows: Rows to take; none whose first block is above the layer.
 
         Returns:
             Places that together have every row once; none for no rows.
@@ -113,7 +113,7 @@ class Passes(ABC):
         Args:
             rows: (n,), of the places to read.
             columns: (n,), counted from each row's subject's last token, which is 0; not below.
-            changes: what is changed, at `places`; a place no more than once.
+            changes: What is changed, at `places`; a place no more than once.
 
         Returns:
             (n, vocabulary), in the model's dtype.
@@ -142,10 +142,10 @@ class CompletePasses(Passes):
     """Every token through every block, for any model.
 
     Args:
-        model: the model.
-        layers: all its blocks.
-        batch: the rows, each with its subject's last token.
-        site: what is changed.
+        model: Model.
+        layers: All blocks of the model.
+        batch: Rows, each with its subject's last token.
+        site: What is changed.
     """
 
     model: nn.Module
@@ -189,22 +189,22 @@ class Suffixes(Passes):
     kept in the order of their first blocks, so that those which take part in a block come before those that do not yet.
 
     Args:
-        model: the model.
-        layers: all its blocks.
-        site: what is changed.
+        model: Model.
+        layers: All blocks of the model.
+        site: What is changed.
         ids: (rows, S).
         mask: (rows, P + S): which of the P tokens to the left, and of the suffix, a row has.
         positions: (rows, S), the tokens' places in the whole text.
         starts: (rows,), where each suffix starts in the whole text.
-        firsts: by rank, the first block in which something of the row is changed, ascending.
-        behind: those of the first blocks that rows join behind, where the change arrives as it is; the others they join
+        firsts: By rank, the first block in which something of the row is changed, ascending.
+        behind: Those of the first blocks that rows join behind, where the change arrives as it is; the others they join
             in front of.
-        ranks: by row, the place that it has in this order.
-        rank: the same as a tensor.
-        hidden: by first block, what enters it, or leaves it where rows join behind it: (rows, S, d) of those rows.
-        outputs: by first block that rows join behind: their projection's outputs at the first column, (rows, d).
-        past: per block the keys and values (rows, heads, P, head size) of the tokens to the left.
-        tuples: whether blocks return a tuple that starts with the hidden states, as some do.
+        ranks: By row, the place that it has in this order.
+        rank: The same as a tensor.
+        hidden: By first block, what enters it, or leaves it where rows join behind it: (rows, S, d) of those rows.
+        outputs: By first block that rows join behind: their projection's outputs at the first column, (rows, d).
+        past: Per block the keys and values (rows, heads, P, head size) of the tokens to the left.
+        tuples: Whether blocks return a tuple that starts with the hidden states, as some do.
     """
 
     model: nn.Module
@@ -227,7 +227,7 @@ class Suffixes(Passes):
         return len(self.ids)
 
     def running(self, block: int) -> int:
-        """How many rows a block has to run: the first so many."""
+        """How many rows a block has to run, counted from the first."""
         return sum(first + (first in self.behind) <= block for first in self.firsts)
 
     def places(self, layer: int, rows: Sequence[int]) -> list[Place]:
@@ -371,9 +371,9 @@ class Known:
     """What has been found out about cutting passes of one model, which edits of its weights do not change.
 
     Attributes:
-        cuttable: false once a cut pass did not give what a complete one gives.
-        arrives: by layer, whether a change of the MLP's output arrives at the block's output as it is.
-        checked: by first block, the tokens of the longest text that was compared.
+        cuttable: False once a cut pass did not give what a complete one gives.
+        arrives: By layer, whether a change of the MLP's output arrives at the block's output as it is.
+        checked: By first block, the tokens of the longest text that was compared.
     """
 
     cuttable: bool = True
@@ -393,9 +393,9 @@ def supported(model: nn.Module, blocks: Sequence[nn.Module], longest: int) -> bo
     passes. What this does not know of a model, `cut` finds out by comparing.
 
     Args:
-        model: a causal language model.
-        blocks: all its blocks.
-        longest: tokens of the longest text.
+        model: A causal language model.
+        blocks: All blocks of the model.
+        longest: Tokens of the longest text.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -420,12 +420,12 @@ def cut(
     """Runs the model once in full and cuts each row at its subject's last token.
 
     Args:
-        model: a causal language model that is `supported`.
-        layers: all its blocks, in order.
-        batch: the rows, each with its subject's last token.
-        firsts: blocks at which rows may join; the result is to be used through its ``select``.
-        site: what will be changed.
-        known: what is known of the model already is not checked again; what is found out is added.
+        model: A causal language model that is `supported`.
+        layers: All blocks of the model, in order.
+        batch: Rows, each with its subject's last token.
+        firsts: Blocks at which rows may join; use the result through its ``select``.
+        site: What will be changed.
+        known: What is known of the model; it is not checked again, and what is found out is added.
         read: (n,), rows whose logits at their ends are wanted, too.
 
     Returns:
@@ -526,9 +526,9 @@ def _arrives(passes: Suffixes, row: int, layer: int, output: Tensor) -> bool:
     Not so with a norm behind the MLP, or a factor.
 
     Args:
-        passes: in which rows join in front of blocks.
-        row: the one to try it with.
-        layer: index of a block.
+        passes: In which rows join in front of blocks.
+        row: Row to try it with.
+        layer: Index of a block.
         output: (1, d), what the block puts out at the row's first column.
     """
     added = output.flip(-1)  # as large as all that is there, so that a norm cannot pass for none

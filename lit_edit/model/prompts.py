@@ -122,10 +122,10 @@ class Prompter:
     """Tokenises prompts, subjects and targets for one model.
 
     Args:
-        tokenizer: a fast tokenizer of `transformers` (character offsets are needed).
-        max_length: the longest text the model takes, in tokens.
-        vocabulary: how many tokens the model has embeddings for; None does not check.
-        chat_template: put every prompt, with its context, into the tokenizer's chat template as the words of a user;
+        tokenizer: A fast tokenizer of `transformers` (character offsets are needed).
+        max_length: Longest text the model takes, in tokens.
+        vocabulary: Number of tokens the model has embeddings for; None does not check.
+        chat_template: Put every prompt, with its context, into the tokenizer's chat template as the words of a user;
             the target is the reply (see `chat_frame`).
 
     Raises:
@@ -168,8 +168,8 @@ class Prompter:
         EOS would come between prompt and answer: it is no part of a prefix.
 
         Args:
-            text: without a frame; none is put around it.
-            special: let the tokenizer add its special tokens.
+            text: Text without a frame; none is put around it.
+            special: Whether the tokenizer adds its special tokens.
         """
         encoded = self.tokenizer(
             text,
@@ -216,14 +216,14 @@ class Prompter:
         tokenised apart can differ from the pieces of the whole. Spaces where prompt and target meet count as the one.
 
         Args:
-            prompt: the text before the target.
-            target: the continuation, without leading space; may be empty.
-            subject: located in the prompt, at its last occurrence from ``offset`` on. Occurrences that are no part of a
-                longer word go before those that are: of "Ira" in "Ira lives in Iraq" the first is taken.
-            source: names the record in an error.
-            offset: characters of the prompt before which the subject is not looked for (a context's length).
-            first: take the subject's first occurrence instead.
-            fields: what an error calls the prompt and the target.
+            prompt: Text before the target.
+            target: Continuation, without leading space; may be empty.
+            subject: Words to find in the prompt, at their last occurrence from ``offset`` on. Whole words go before
+                parts of longer ones: of "Ira" in "Ira lives in Iraq" the first is taken.
+            source: Names the record in an error.
+            offset: Characters of the prompt before which the subject is not looked for (a context's length).
+            first: Take the subject's first occurrence instead.
+            fields: What an error calls the prompt and the target.
 
         Raises:
             RequestError: if the text is longer than the model takes or has tokens that it does not know, the subject
@@ -327,11 +327,11 @@ def sample_contexts(model: nn.Module, prompter: Prompter, n: int, length: int, s
     likely tokens. The generator is seeded and private: the same seed gives the same contexts, whatever ran before.
 
     Args:
-        model: the causal language model.
-        prompter: its tokenisation.
-        n: number of generated prefixes.
-        length: their length in tokens.
-        seed: of the sampling.
+        model: Causal language model.
+        prompter: Tokenisation of the model.
+        n: Number of generated prefixes.
+        length: Length of a prefix, in tokens.
+        seed: Seed of the sampling.
     """
     contexts = ["{}"]
     device = next(model.parameters()).device

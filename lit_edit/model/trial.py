@@ -33,9 +33,9 @@ def logits_with(workspace: Workspace, batch: Batch, weights: Mapping[int, Tensor
     """The logits (rows, T, V) with other weights in some layers; differentiable in them.
 
     Args:
-        workspace: the model, which stays as it is.
-        batch: the texts.
-        weights: for each layer a weight (d, p), in any floating dtype: it is rounded to the model's.
+        workspace: Model, which stays as it is.
+        batch: Texts.
+        weights: For each layer a weight (d, p), in any floating dtype: it is rounded to the model's.
     """
     parts = [workspace.architecture[layer] for layer in weights]
     stored = {

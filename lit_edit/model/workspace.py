@@ -106,11 +106,11 @@ class Workspace:
         """Binds a model and its tokenizer.
 
         Args:
-            model: a causal language model of `transformers`.
-            tokenizer: its fast tokenizer.
-            contexts: as above.
-            family: where a model of an unknown kind keeps its parts.
-            chat_template: put every prompt into the tokenizer's chat template, see `lit_edit.model.prompts.chat_frame`.
+            model: A causal language model of `transformers`.
+            tokenizer: Its fast tokenizer.
+            contexts: Contexts, as above.
+            family: Where a model of an unknown kind keeps its parts.
+            chat_template: Put every prompt into the tokenizer's chat template, see `lit_edit.model.prompts.chat_frame`.
         """
         prompter = Prompter.of(model, tokenizer, chat_template)
         return cls(model, tokenizer, Architecture(model, family), prompter, list(contexts))

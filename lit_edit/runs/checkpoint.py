@@ -44,7 +44,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
 
 def go_on_after(checkpoint: dict[str, Any], batches: int) -> None:
-    """Lets Lightning go on after so many batches, where it counts one more as done than has left edits."""
+    """Lets Lightning go on after a number of batches, where it counts one more as done than has left edits."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     counts = progress["current"]
     if counts["processed"] > batches or counts["ready"] > batches:

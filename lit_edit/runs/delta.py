@@ -32,11 +32,11 @@ class DeltaHeader:
 
     Attributes:
         original: `lit_edit.model.fingerprint.model_fingerprint` of the model it is applied to.
-        edited: that of the model it gives; None where it is stored with a loss, or is the original's.
-        parameters: names of the weights that change.
-        error: largest relative error ``‖W_given − W_edited‖_F / ‖W_edited‖_F`` over the weights; 0 where exact.
-        method, edits: for people.
-        format_version: of the file.
+        edited: Digest of the model it gives; None where it is stored with a loss, or is the original's.
+        parameters: Names of the weights that change.
+        error: Largest relative error ``‖W_given − W_edited‖_F / ‖W_edited‖_F`` over the weights; 0 where exact.
+        method, edits: For people.
+        format_version: Version of the file's format.
     """
 
     original: str
@@ -61,16 +61,16 @@ def save_delta(
     """Writes what differs between a model and its original, whole or not at all.
 
     Args:
-        path: the file (safetensors); its folder is made if need be.
-        model: the edited model.
-        originals: the weights that edits may have touched, as they were, by parameter name. Those that did not change
+        path: The file (safetensors); its folder is made if missing.
+        model: Edited model.
+        originals: Weights that edits may have touched, as they were, by parameter name. Those that did not change
             are left out.
         original: `lit_edit.model.fingerprint.model_fingerprint` of the model before the first edit.
         tolerance: 0 keeps the changed weights themselves, exact bit by bit. Otherwise each change is kept as two thin
             factors with at most this relative error in the weight, where that is smaller: a few additive edits then
             take kilobytes.
-        method: for people.
-        edits: for people.
+        method: For people.
+        edits: For people.
 
     Raises:
         ValueError: if the tolerance is negative, or the model lacks one of the weights.
@@ -112,8 +112,8 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> DeltaHeader:
     """Turns the original model into the edited one, in place.
 
     Args:
-        model: the model the edits were made on, as it was before the first.
-        path: a file by `save_delta`.
+        model: Model the edits were made on, as it was before the first.
+        path: A file by `save_delta`.
 
     Returns:
         The header of the file.

@@ -27,21 +27,21 @@ class Edit:
     """One edit.
 
     Args:
-        number: counts from 1.
-        case_id, prompt, subject, target_new: of the request.
-        layers: where it was applied.
-        loss: of the value optimisation when it stopped.
-        p_value: probability of the new target with v* in place, before the weights were changed.
-        p_target: the same on the edited weights, right after the update.
-        exact: whether every token of the target was then the most likely one.
-        rank: worst place of a target token then; 1 if ``exact``.
-        answer: the greedy answer then.
-        steps: of the value optimisation.
-        change: per layer, the Frobenius norm of the change relative to the weight's.
-        seconds: for the edit's share of its batch.
-        stages: the same by stage: ``layers`` (choosing them), ``values``, ``keys``, ``solve``, ``restrain``, ``write``,
+        number: Number of the edit, from 1.
+        case_id, prompt, subject, target_new: As in the request.
+        layers: Layers it was written into.
+        loss: Loss of the value optimisation when it stopped.
+        p_value: Probability of the new target with v* in place, before the weights were changed.
+        p_target: The same on the edited weights, right after the update.
+        exact: Whether every token of the target was then the most likely one.
+        rank: Worst place of a target token then; 1 if ``exact``.
+        answer: Greedy answer then.
+        steps: Steps of the value optimisation.
+        change: Frobenius norm of the change relative to the weight's, by layer.
+        seconds: Seconds of the edit's share of its batch.
+        stages: The same by stage: ``layers`` (choosing them), ``values``, ``keys``, ``solve``, ``restrain``, ``write``,
             ``score`` (of ``p_target``) and ``other``.
-        rounding: per layer, what the rounding to the weight's dtype took of the change, from 0 to 1 (nothing written);
+        rounding: Share of the change that rounding to the weight's dtype took, by layer, from 0 to 1 (nothing written);
             see `lit_edit.algebra.updates.Update.apply_`. Where it is carried to the next edit, what of all edits so
             far is not stored, beside this change.
         status: ``written``; ``refused`` if it is not in the weights because it failed, see `lit_edit.editors.Guard`;

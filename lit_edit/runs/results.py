@@ -71,8 +71,8 @@ class Results:
     """The content of one results file.
 
     Args:
-        run: what was run: method, model, data, seed, versions, seconds, as far as they were logged.
-        records: one per evaluation point, ascending in ``edits``; the other values are numbers, or None if not finite.
+        run: What was run: method, model, data, seed, versions, seconds, as far as they were logged.
+        records: One per evaluation point, ascending in ``edits``; the other values are numbers, or None if not finite.
     """
 
     run: Record
@@ -83,7 +83,7 @@ def read_results(path: str | Path) -> Results:
     """Read a results file.
 
     Args:
-        path: the file, or the directory that holds a ``results.json``.
+        path: File, or the directory that holds a ``results.json``.
 
     Returns:
         Its run and records.
@@ -123,7 +123,7 @@ class ResultsLogger(Logger):
     will be measured again, and a figure logged again replaces the old one.
 
     Args:
-        directory: where ``results.json`` goes; made when first written to. As the first of the trainer's loggers it
+        directory: Folder of ``results.json``; made when first written to. As the first of the trainer's loggers it
             also decides where Lightning puts checkpoints.
 
     Raises:
@@ -181,8 +181,8 @@ class ResultsLogger(Logger):
         """Add the figures of one evaluation to the record of their step and write the file.
 
         Args:
-            metrics: a number per tag.
-            step: the count of edits; without it, the step logged last.
+            metrics: A number per tag.
+            step: Count of edits; without it, the step logged last.
         """
         if "epoch" in metrics:
             return
@@ -202,9 +202,9 @@ class ResultsLogger(Logger):
         """Keep hyperparameters in the run record, see `log_run`.
 
         Args:
-            params: the hyperparameters.
-            *args: ignored.
-            **kwargs: ignored.
+            params: Hyperparameters.
+            *args: Ignored.
+            **kwargs: Ignored.
         """
         self.log_run(vars(params) if isinstance(params, Namespace) else params)
 
@@ -213,7 +213,7 @@ class ResultsLogger(Logger):
         """Add to the run record.
 
         Args:
-            values: such as method, model, data, seed or seconds. What JSON cannot hold is kept as text; names that
+            values: Such as method, model, data, seed or seconds. What JSON cannot hold is kept as text; names that
                 start with an underscore are left out.
         """
         self._own_run.update(_plain({key: value for key, value in values.items() if not str(key).startswith("_")}))
@@ -227,7 +227,7 @@ class ResultsLogger(Logger):
         """Write a file even if nothing was evaluated, unless that would touch the file of another run.
 
         Args:
-            status: how the run ended, ignored.
+            status: How the run ended; ignored.
         """
         if self._last_step is None and not self.path.exists():
             self._write()
@@ -253,7 +253,7 @@ def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """The headline figures before the first edit and after the last, side by side, within 80 columns.
 
     Args:
-        records: those of `read_results` or of a `ResultsLogger`, ascending in ``edits``.
+        records: Those of `read_results` or of a `ResultsLogger`, ascending in ``edits``.
 
     Returns:
         A table to print with ``rich``. "Before" and "after" are the first and the last record that have the figure;

@@ -287,7 +287,7 @@ def _load(path: Path, identity: str, collector: Collector, device: torch.device)
 def _windows(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], sequence_length: int, max_tokens: int, size: int
 ) -> Iterator[tuple[list[list[int]], list[str]]]:
-    """Sequences in the order of the corpus, so many at a time, and the texts that begin in them."""
+    """Sequences in the order of the corpus, a batch at a time, and the texts that begin in them."""
     rows: list[list[int]] = []
     used: list[str] = []
     left = max_tokens

@@ -32,7 +32,7 @@ class Corpus(ABC):
     """Texts, none of them blank.
 
     Attributes:
-        name: as it is called in files of statistics.
+        name: Name in files of statistics.
     """
 
     name: str
@@ -64,7 +64,7 @@ class FileCorpus(Corpus):
     """A file of texts: one on each line, or in ``.jsonl`` the field ``text`` of the object on each line.
 
     Args:
-        name: as it is called in files of statistics.
+        name: Name in files of statistics.
         path: UTF-8, with ``.gz`` appended to its name if it is compressed.
     """
 
@@ -109,12 +109,12 @@ class StreamedCorpus(Corpus):
     size of each file with what stands in its first and last 64 KiB.
 
     Args:
-        source: a folder, or a name on the hub.
-        revision: the commit, branch or tag on the hub; the newest if ``None``. With a whole commit hash nothing is
+        source: A folder, or a name on the hub.
+        revision: Commit, branch or tag on the hub; the newest if ``None``. With a whole commit hash nothing is
             asked of the hub to know the corpus.
-        config: the data set's configuration, if it has several.
-        split: of the data set.
-        field: the field of a record that is its text.
+        config: Data set's configuration, if it has several.
+        split: Split of the data set.
+        field: Field of a record that is its text.
     """
 
     source: str
@@ -246,9 +246,9 @@ def text_of(record: Any, field: str, source: str) -> str:
     """The text in a record.
 
     Args:
-        record: should be a mapping with a text in the field.
-        field: its name.
-        source: where the record stands, for the error message.
+        record: Record; must be a mapping with a text in the field.
+        field: Name of the field.
+        source: Where the record stands, for the error message.
 
     Raises:
         LoadingError: if there is no text.

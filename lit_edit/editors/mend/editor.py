@@ -26,7 +26,7 @@ class MEND(Editor):
     Args:
         hypernetwork: ``embedded`` for that of the embedded model, or a folder or file written by
             `lit_edit.editors.mend.training`.
-        restraints: what is done to every update of a weight, or to the sum of them, in this order. An update's rank is
+        restraints: What is done to every update of a weight, or to the sum of them, in this order. An update's rank is
             the number of tokens of the batch, not of its requests.
 
     Raises:

@@ -105,10 +105,10 @@ class HyperNetwork(nn.Module):
     never varied in training would otherwise outweigh all others in an edit where it does.
 
     Args:
-        shapes: for each layer its weight's shape (d, p).
-        rank: of ``U V``.
-        hidden: number of hidden layers.
-        edit_lr: where every ``α_l`` starts.
+        shapes: Shape (d, p) of each layer's weight.
+        rank: Rank of ``U V``.
+        hidden: Number of hidden layers.
+        edit_lr: Start of every ``α_l``.
 
     Raises:
         ValueError: for no layer, or numbers out of range.
@@ -178,9 +178,9 @@ class HyperNetwork(nn.Module):
         """Writes ``folder/hypernetwork.safetensors``, in half precision but for step sizes and statistics.
 
         Args:
-            folder: made if need be.
-            model: the unedited model it was trained for; its fingerprint goes into the file's header.
-            figures: what else the header should say (how it was trained, what it scored).
+            folder: Folder; made if missing.
+            model: Unedited model it was trained for; its fingerprint goes into the file's header.
+            figures: What else the header should say (how it was trained, what it scored).
         """
         header = {
             "format_version": FORMAT_VERSION,

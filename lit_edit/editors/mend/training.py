@@ -39,13 +39,13 @@ class MendTraining(L.LightningModule):
     request a step takes depends on the seed and the step alone. The edit prompt counts as one of its rephrasings.
 
     Args:
-        workspace: the unedited model.
-        network: what is trained, its statistics already gathered.
-        lr: of the network (published: 1e-6, for models of billions of parameters and 100,000 edits).
-        lr_lr: of the learned step sizes (published: 1e-4).
-        edit_weight: published 0.1.
-        locality_weight: published 1.
-        seed: of the choices.
+        workspace: Unedited model.
+        network: The network to train, its statistics already gathered.
+        lr: Learning rate of the network (published: 1e-6, for billions of parameters and 100,000 edits).
+        lr_lr: Learning rate of the learned step sizes (published: 1e-4).
+        edit_weight: Weight of the edit loss (published: 0.1).
+        locality_weight: Weight of the locality loss (published: 1).
+        seed: Seed of the choices.
 
     Raises:
         ValueError: for numbers out of range.
@@ -193,21 +193,21 @@ def train(
     """Trains a hyper-network for some layers of a model.
 
     Args:
-        workspace: the unedited model.
-        requests: with a locality prompt each, and rephrasings if there are any.
-        layers: to edit.
-        rank: of the network's factors.
-        steps: of Adam.
-        batch_size: edits a step, each on its own.
-        lr: of the network.
-        lr_lr: of the step sizes.
-        edit_lr: where step sizes start.
-        edit_weight: of the edit loss against the KL.
-        statistics: so many requests give the statistics of the inputs.
-        seed: of initialisation, order and choices.
-        progress: show a bar.
-        hidden: layers of the network.
-        clip: gradients longer than this, all of the network's together, are shortened to it.
+        workspace: Unedited model.
+        requests: Requests with a locality prompt each, and rephrasings if there are any.
+        layers: Layers to edit.
+        rank: Rank of the network's factors.
+        steps: Number of Adam steps.
+        batch_size: Edits in a step, each on its own.
+        lr: Learning rate of the network.
+        lr_lr: Learning rate of the step sizes.
+        edit_lr: Start of the step sizes.
+        edit_weight: Weight of the edit loss against the KL.
+        statistics: Number of requests that give the statistics of the inputs.
+        seed: Seed of initialisation, order and choices.
+        progress: Show a progress bar.
+        hidden: Number of hidden layers.
+        clip: Largest norm of the network's gradient; longer ones are shortened to it.
 
     Raises:
         ValueError: if a layer does not exist, a request has no locality prompt or a number is out of range.

@@ -39,11 +39,11 @@ class OEditPlus(Restraint):
     Args:
         gradient_share: ``λ3``. Published: 2.5 on ROME; on MEMIT 2 (Mistral-7B) and 1 (Llama3-8B). 0 leaves implicit
             knowledge out, and no gradient is collected.
-        max_directions: the most directions of the gradient, the threshold for ``q`` that the paper's appendix C.3
+        max_directions: The most directions of the gradient, the threshold for ``q`` that the paper's appendix C.3
             recommends for long sequences; None for none.
-        past: whether the space of the edits so far is taken. False is an ablation of the paper's table 5.
-        cleaning: what is done to ``V_q``. ``orthonormal`` subtracts the part in ``V_r`` and makes the rest orthonormal
-            again: the projection that Eq. 15 writes. ``subtract`` only subtracts, which is Eq. 28 to the letter; as the
+        past: Whether the space of the edits so far is taken. False is an ablation of the paper's table 5.
+        cleaning: What is done to ``V_q``. ``orthonormal`` subtracts the part in ``V_r`` and makes the rest orthonormal
+            again: the projection that Eq. 15 writes. ``subtract`` only subtracts, which is Eq. 28 as printed; as the
             rest has lost its length, updates keep a part along it. ``none`` does neither (table 5).
 
     Raises:

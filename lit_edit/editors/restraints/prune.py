@@ -29,7 +29,7 @@ class PRUNE(Restraint):
 
     Both forms meet the identity at ``σ_max`` and rise with ``σ``. The linear one never exceeds ``σ``. The logarithm
     leaves ``σ_max`` with the slope ``1 / (σ_max ln α)``; where that is above 1 (small weights, or ``α`` close to 1) the
-    formula to the letter *enlarges* the values just above ``σ_max``. They then stay as they are: ``min(F(σ), σ)``.
+    formula as printed *enlarges* the values just above ``σ_max``. They then stay as they are: ``min(F(σ), σ)``.
 
     A sum that was pruned before is pruned again with whatever was added since, ``F`` on top of ``F``.
 
@@ -38,7 +38,7 @@ class PRUNE(Restraint):
             on llama3-8b), 1.2 or e (MEMIT, by model).
         form: ``log`` or ``linear``.
         beta: ``β`` of the linear form, above 1.
-        every_n: prune whenever this many further requests were applied, in whichever layers (its appendix C.6), after
+        every_n: Prune whenever this many further requests were applied, in whichever layers (its appendix C.6), after
             the batch that reaches or crosses the count, and not at the end; None prunes once, at the end of a run, as
             in the paper's main experiments.
 
@@ -61,7 +61,9 @@ class PRUNE(Restraint):
         if form not in ("log", "linear"):
             raise ValueError(f"The form of PRUNE is 'log' or 'linear', not {form!r}.")
         if every_n is not None and every_n < 1:
-            raise ValueError(f"PRUNE works every so many requests, 1 or more, not {every_n}; null prunes at the end.")
+            raise ValueError(
+                f"PRUNE's every_n is a number of requests, 1 or more, not {every_n}; null prunes at the end."
+            )
         self.alpha, self.form, self.beta, self.every_n = alpha, form, beta, every_n
 
     def total(self, site: EditedWeight, before: int, after: int) -> LowRank | None:
@@ -89,7 +91,7 @@ class PRUNE(Restraint):
         """The singular values after pruning.
 
         Args:
-            sigma: singular values of the sum of all updates, any shape.
+            sigma: Singular values of the sum of all updates, any shape.
             largest: ``σ_max`` of the weight before the first edit, positive.
         """
         if self.form == "log":

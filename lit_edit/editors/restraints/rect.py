@@ -23,7 +23,7 @@ class RECT(Restraint):
     these out (``past: false``). Unless all entries are kept, of course.
 
     Args:
-        keep: the share of entries kept, above 0 and at most 1: 0.2 in the paper, 0.4 in a widely used toolkit. 1 leaves
+        keep: Share of entries kept, above 0 and at most 1: 0.2 in the paper, 0.4 in a widely used toolkit. 1 leaves
             every update as it is.
 
     Raises:

@@ -27,13 +27,13 @@ class AlphaEdit(Solver):
     ``P`` needs an eigendecomposition, once per layer.
 
     Args:
-        threshold: eigenvectors of ``C`` with an eigenvalue below this span the null space; in squared activations, so
+        threshold: Eigenvectors of ``C`` with an eigenvalue below this span the null space; in squared activations, so
             it depends on the model's scale. Set it to null to choose by ``energy``.
-        energy: the share of the trace of ``C`` that the null space may hold at most, an alternative to ``threshold``.
+        energy: Share of the trace of ``C`` that the null space may hold at most, an alternative to ``threshold``.
         ridge: ``L2``, the weight of ``‖ΔW‖²``: 10 in the paper's code, 1 in some configs for larger models.
         ridge_unit: ``absolute`` as published, or ``energy``: a multiple of the layer's mean ``‖k‖²`` over the corpus,
             the trace of ``C``. Keys grow from layer to layer, so that one absolute ridge means another thing in each.
-        memory: keep the keys of past edits, as the paper does.
+        memory: Keep the keys of past edits, as the paper does.
 
     Raises:
         ValueError: unless ``ridge`` is positive and exactly one of ``threshold`` and ``energy`` is given, in range.

@@ -30,7 +30,7 @@ class EMMET(Solver):
             cancels.
         ridge: ``ρ``, on the scale of ``kᵀ G⁻¹ k``; 0 in the paper, 0.1 in its released code. It is for keys that depend
             on one another, and as released plays no part where there is one only.
-        memory: add the keys of past edits, ``M``, to the preserved set; the paper has none.
+        memory: Add the keys of past edits, ``M``, to the preserved set; the paper has none.
 
     Raises:
         ValueError: if ``preservation`` is not positive or ``ridge`` is negative.

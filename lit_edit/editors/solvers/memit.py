@@ -21,7 +21,7 @@ class MEMIT(Solver):
 
     Args:
         preservation: ``λ``, how many tokens' worth of the corpus weighs against one edited key.
-        memory: add the keys of past edits, ``M``, to the preserved set; the paper has none.
+        memory: Add the keys of past edits, ``M``, to the preserved set; the paper has none.
 
     Raises:
         ValueError: if ``preservation`` is not positive.

@@ -38,9 +38,9 @@ class MOSE(Solver):
 
     Args:
         preservation: ``λ``, how many tokens' worth of the corpus weighs against one edited key.
-        memory: add the keys of past edits to the preserved set. The paper has none; without them later rotations turn
+        memory: Add the keys of past edits to the preserved set. The paper has none; without them later rotations turn
             earlier edits away.
-        method: ``krylov``, or ``svd`` of the dense ``d × d`` matrix at every edit, to the letter of Eq. 19. Their
+        method: ``krylov``, or ``svd`` of the dense ``d × d`` matrix at every edit, exactly as Eq. 19 has it. Their
             objectives agree to 1e-9.
 
     Raises:

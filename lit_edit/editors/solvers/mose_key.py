@@ -53,8 +53,8 @@ class MOSEKey(Solver):
 
     Args:
         preservation: ``λ``, how many tokens' worth of the corpus weighs against one edited key.
-        memory: add the keys of past edits to the preserved set.
-        target: how ``k*`` is chosen.
+        memory: Add the keys of past edits to the preserved set.
+        target: How ``k*`` is chosen.
         method: ``krylov``, or ``svd`` of the dense ``p × p`` matrix at every edit. Their objectives agree to 1e-9.
 
     Raises:
@@ -86,7 +86,7 @@ class MOSEKey(Solver):
             wanted = self._matched(site, keys, targets)
         else:
             wanted = least_changed_keys(site.exact.dense(), keys, targets, covariance.to(keys))
-        if self.method == "svd" or 60 * keys.shape[1] >= len(keys):  # a space for so many keys would fill the whole
+        if self.method == "svd" or 60 * keys.shape[1] >= len(keys):  # a space for this many keys would fill the whole
             remembered = self.remembered(site).to(keys)
             m = torch.addmm(self.preservation * covariance.to(keys), remembered, remembered.T)
             return Rotation(procrustes(m.addmm_(wanted, keys.T)), of_keys=True)

@@ -24,9 +24,9 @@ class ROME(Solver):
     computes. One and the same key in every place is R-ROME (Gupta et al. 2024).
 
     Args:
-        covariance: use the key covariance ``C``, as the paper does. ``False`` takes ``C = I``, as some toolkits do; no
+        covariance: Use the key covariance ``C``, as the paper does. ``False`` takes ``C = I``, as some toolkits do; no
             statistics are then needed.
-        memory: add the keys of past edits, ``M``, to the preserved set; the paper has none.
+        memory: Add the keys of past edits, ``M``, to the preserved set; the paper has none.
         preservation: ``λ``, the weight of ``C`` against the memory, in tokens. Without memory it cancels.
 
     Raises:

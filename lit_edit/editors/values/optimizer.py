@@ -127,24 +127,24 @@ class ValueOptimizer(Configured):
     then over contexts, KL between the next-token distributions of "{subject} is a" before and during.
 
     Args:
-        site: where δ acts: ``mlp`` (output of the edited projection; ROME, MOSE) or ``block`` (output of the block of
+        site: Where δ acts: ``mlp`` (output of the edited projection; ROME, MOSE) or ``block`` (output of the block of
             the last edited layer; MEMIT, AlphaEdit).
-        constraint: what values are allowed.
+        constraint: Constraint on values.
         lr: Adam's learning rate.
         lr_unit: ``absolute`` as published, or ``relative`` to ``‖W_0 k‖ / √d``, the output of the unedited weight for
             the request's key, which carries over between models.
-        steps: at most so many.
-        stop_loss: a problem is done once its loss is below.
-        kl_factor: weight of the KL term; 0 leaves it out.
-        weight_decay: weight of the norm penalty.
-        penalties: further terms of the loss (O-Edit). They count in the loss to stop at, too.
-        schedule: how the steps are laid out (EAC); None for a single stage.
+        steps: Largest number of steps.
+        stop_loss: Loss below which a problem is done.
+        kl_factor: Weight of the KL term; 0 leaves it out.
+        weight_decay: Weight of the norm penalty.
+        penalties: Further terms of the loss (O-Edit); they count in ``stop_loss``, too.
+        schedule: Stages of the optimisation (EAC); None for a single one.
         shrink: Passes in which every value is drawn back towards v0 as far as its loss stays below ``stop_loss`` (or
             the loss it had reached): bisection, so that 4 find the smallest move to a sixteenth. 0 leaves it out.
-        complete_passes: run every token through every block at every step, instead of computing once what a change
+        complete_passes: Run every token through every block at every step, instead of computing once what a change
             cannot reach. The numbers are the same to rounding; for comparison, and for models whose passes cannot be
             cut, which always run complete ones.
-        max_rows: the most texts in a pass, which bounds its memory: a problem has one for each context, and one for the
+        max_rows: The most texts in a pass, which bounds its memory: a problem has one for each context, and one for the
             KL term. A batch that has more is worked through in parts, with the same result. None takes 1,024, but 64
             on a CPU, where more at once are slower.
 
@@ -204,12 +204,12 @@ class ValueOptimizer(Configured):
         Problems are independent of one another. So many as ``max_rows`` allows are worked on together, at least one.
 
         Args:
-            workspace: the model.
-            requests: the requests that problems refer to.
-            problems: what to solve, independently of one another.
-            average: how keys are averaged, which fixes the starting point ``v0 = W k`` at site ``mlp``.
-            steps: replaces the object's own number.
-            contexts: replaces the workspace's contexts.
+            workspace: Model.
+            requests: Requests that problems refer to.
+            problems: Problems to solve, independently of one another.
+            average: How keys are averaged, which fixes the start ``v0 = W k`` at site ``mlp``.
+            steps: Replaces the object's own number of steps.
+            contexts: Replaces the workspace's contexts.
             also: For each request, further facts about its subject that the same value has to answer; none if empty.
             penalties: Further terms of the loss. Layer policies leave them out: they compare candidates by the plain
                 loss.
@@ -529,16 +529,16 @@ def parts_of_a_batch(sizes: Sequence[tuple[int, int]], most: int, of_a_pass: int
     """Which problems share passes: those of about equal width, so that little is padded.
 
     Args:
-        sizes: of each problem its rows and their width in tokens.
-        most: rows of a part, unless a single problem has more.
-        of_a_pass: how many tokens more a pass costs as much as a further pass would.
+        sizes: Rows and width in tokens of each problem.
+        most: Largest number of rows in a part, unless a single problem has more.
+        of_a_pass: Tokens of padding that cost as much as another pass.
 
     Returns:
         Indices of problems, part by part: of all divisions of the problems in the order of their widths the one with
         the least ``Σ rows · widest + of_a_pass``.
     """
     order = sorted(range(len(sizes)), key=lambda i: sizes[i][1])
-    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first so many, and where their last part begins
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first n, and where their last part begins
     for end in range(1, len(order) + 1):
         rows, width = 0, sizes[order[end - 1]][1]
         choices = []

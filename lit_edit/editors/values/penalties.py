@@ -20,7 +20,7 @@ class Penalty(Configured, ABC):
     """A further term of the loss.
 
     Attributes:
-        needs_gradient: whether the gradient statistics of the layers have to be collected.
+        needs_gradient: Whether the gradient statistics of the layers have to be collected.
     """
 
     needs_gradient: bool = False
@@ -61,7 +61,7 @@ class OEdit(Penalty):
             prints it. Singular vectors have no sign, so the plain cosine is a different loss from one decomposition to
             the next, and the least where a residual points against them; what the terms stand for (Eq. 7, 8) and what
             the paper measures (its figure 4) is orthogonality. Hence the default.
-        max_directions: the most directions of the gradient; None for no such limit.
+        max_directions: The most directions of the gradient; None for no such limit.
 
     Raises:
         ValueError: for weights, a share or a limit below 0, or an unknown similarity.

@@ -19,10 +19,10 @@ class Stage:
     """One run of Adam over all problems, each of which ends it by itself.
 
     Args:
-        steps: at most so many.
-        start: the changes to begin with, (slots, d); None for no change.
+        steps: Largest number of steps.
+        start: Changes to begin with, (slots, d); None for no change.
         free: 1 where a coordinate may change, 0 where it stays as it starts, (slots, d); None for all free.
-        term: a further term of the loss, from the changes (slots, d) to a number per slot (slots,).
+        term: A further term of the loss, from the changes (slots, d) to a number per slot (slots,).
     """
 
     steps: int
@@ -57,8 +57,8 @@ class Schedule(Configured, ABC):
         """Runs one stage or several and gives the last one's result, with the steps of all of them.
 
         Args:
-            descend: carries out a stage, with an Adam of its own.
-            steps: the steps of all stages together.
+            descend: Runs a stage, with an Adam of its own.
+            steps: Number of steps of all stages together.
         """
 
 
@@ -144,7 +144,7 @@ def anchors(score: Tensor, percentile: float) -> Tensor:
 
     Args:
         score: (..., d), at least 0.
-        percentile: in [0, 100); linear between order statistics.
+        percentile: Percentile in [0, 100); linear between order statistics.
 
     Returns:
         (..., d), in the scores' dtype.

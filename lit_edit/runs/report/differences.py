@@ -54,7 +54,7 @@ def common_count(runs: list[RunData]) -> int | None:
 
 
 def difference(one: RunData, other: RunData, key: str, edits: int) -> Difference | None:
-    """What a figure of ``one`` is above that of ``other`` after so many edits; None where one of them has none."""
+    """What a figure of ``one`` is above that of ``other`` after a number of edits; None where one of them has none."""
     a, b = one.figure(key, edits), other.figure(key, edits)
     if a is None or b is None:
         return None
