@@ -394,7 +394,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
 
 
 def test_parts_that_do_not_go_together_are_refused_when_put_together() -> None:
-    with pytest.raises(ValueError, match="Selection by activation needs values of `site: mlp`"):
+    with pytest.raises(ValueError, match="ActivationSelection needs values of `site: mlp`"):
         LocateThenEdit(ActivationSelection(), values_at("block"), MEMIT())
 
 
