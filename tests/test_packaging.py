@@ -106,6 +106,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Without isolation, because an isolated build fetches setuptools over the network.
     done = run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy], cwd=copy)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
     (path,) = out.glob("*.whl")
     return path
 
