@@ -40,9 +40,10 @@ class EditLog(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # After a checkpoint was restored, and before the first edit.
-        if trainer.log_dir is None or not trainer.is_global_zero:
+        folder = trainer.log_dir  # asked for on every rank: it is broadcast
+        if folder is None or not trainer.is_global_zero:
             return
         if not hasattr(pl_module, "keep_in"):
             raise TypeError(f"EditLog keeps edits; {type(pl_module).__name__} makes none (LitEdit does).")
         before = Path(trainer.ckpt_path).resolve().parent.parent if trainer.ckpt_path else None
-        cast(Logging, pl_module).keep_in(Path(trainer.log_dir), before, self.limit)
+        cast(Logging, pl_module).keep_in(Path(folder), before, self.limit)

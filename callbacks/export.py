@@ -45,9 +45,9 @@ class ExportModel(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        root = Path(trainer.log_dir or trainer.default_root_dir)  # asked for on every rank: it is broadcast
         if not trainer.is_global_zero:
             return
-        root = Path(trainer.log_dir or trainer.default_root_dir)
         folder = Path(self.dirpath) if self.dirpath else root / "model"
         module = cast(Exporting, pl_module)
         if self.model:

@@ -158,8 +158,9 @@ class Retention(EveryNEdits):
         ]
         if edits:
             self.counts_by_status = Counter(str(record["status"]) for record in records)
-        if self.outcomes and trainer.is_global_zero and trainer.log_dir is not None:
-            write_outcomes(Path(trainer.log_dir) / FILE_NAME, records)
+        folder = trainer.log_dir  # asked for on every rank: it is broadcast
+        if self.outcomes and trainer.is_global_zero and folder is not None:
+            write_outcomes(Path(folder) / FILE_NAME, records)
         at_once = {f"immediate/{name}": sum(values) / len(values) for name, values in self._at_once.items()}
         return figures(found, self.ways) | at_once
 

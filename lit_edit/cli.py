@@ -289,9 +289,10 @@ class EditCLI(LightningCLI):
     def after_fit(self) -> None:
         """Says what can be done with the run, ready to be copied."""
         saved = next((c.path for c in self.trainer.callbacks if isinstance(c, EditCheckpoint)), None)  # type: ignore[attr-defined]
-        if saved is None or not self.trainer.is_global_zero or self.trainer.log_dir is None:
+        folder = self.trainer.log_dir  # asked for on every rank: it is broadcast
+        if saved is None or not self.trainer.is_global_zero or folder is None:
             return
-        run = shlex.quote(str(self.trainer.log_dir))
+        run = shlex.quote(str(folder))
         first = next((request.prompt for request in self.model.edited_requests), "")
         print(f"Ask it:     {program()} ask --run {run} {shlex.quote(first)}")
         print(f"Export it:  {program()} export --run {run} --out edited-model")

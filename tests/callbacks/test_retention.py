@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers.runs import assert_same_weights, data, facts, quick_editor, taught, trainer, write_corpus, write_facts
 from lightning.pytorch import LightningModule, Trainer
-from lit_edit.callbacks import EditCheckpoint, EveryNEdits, ExportModel, Retention
+from lit_edit.callbacks import EditCheckpoint, EditLog, EveryNEdits, ExportModel, MatrixStability, Retention
 from lit_edit.datamodules import FactsDataModule
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,3 +147,25 @@ def test_the_export_is_the_edited_model(module: LitEdit, tmp_path: Path) -> None
     lines = (tmp_path / "log" / "edits.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [asdict(e) for e in module.journal]
     assert [json.loads(line)["target_new"] for line in lines] == [f["target_new"] for f in facts(2)]
+
+
+def test_every_process_asks_for_the_folder_as_often(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Trainer.log_dir` is broadcast: a process that asks for it alone waits for the others for ever."""
+    asked: dict[bool, list[str]] = {}
+    found = Trainer.log_dir.fget
+    for first in (True, False):
+        calls = asked[first] = list[str]()
+
+        def spy(self: Trainer, calls: list[str] = calls) -> str | None:
+            calls.append(sys._getframe(1).f_code.co_filename)
+            return str(found(self))  # type: ignore[misc]
+
+        monkeypatch.setattr(Trainer, "log_dir", property(spy))
+        monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self, first=first: first))
+        module = LitEdit(quick_editor("rome"), str(tiny_folder("llama")), corpus=str(write_corpus(tmp_path)))
+        watching = Retention(2), MatrixStability(every_n=2), EditCheckpoint(every_n=2), EditLog(), ExportModel()
+        trainer(tmp_path, *watching).fit(module, datamodule=data(tmp_path, 3))
+    assert asked[True] == asked[False]
+    assert {Path(name).stem for name in asked[True]} >= {"retention", "export", "matrix_stability", "edit_log"}
