@@ -6,6 +6,7 @@ if __name__ != "lit_edit.callbacks":
         "part of lit_edit, and a second copy of its classes would not be the same classes."
     )
 
+from .activation_score import ActivationScore
 from .checkpoint import EditCheckpoint
 from .downstream_eval import DownstreamEval
 from .edit_log import EditLog
@@ -17,8 +18,11 @@ from .progress import EditProgressBar
 from .report import Report
 from .results_table import ResultsTable
 from .retention import Retention
+from .spectrum import Spectrum
+from .update_orthogonality import UpdateOrthogonality
 
 __all__ = [
+    "ActivationScore",
     "DownstreamEval",
     "EditCheckpoint",
     "EditLog",
@@ -29,7 +33,9 @@ __all__ = [
     "Report",
     "ResultsTable",
     "Retention",
+    "Spectrum",
     "StopOnSignal",
+    "UpdateOrthogonality",
     "count_edits",
     "matrix_figures",
     "relative_drift",

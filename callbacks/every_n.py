@@ -118,6 +118,17 @@ class EveryNEdits(Callback, ABC):
             A figure per tag.
         """
 
+    def weights_replaced(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> None:
+        """Told that the weights went back to what they were after ``edits`` edits, between two batches."""
+
+    def measure_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures and logs at the latest measured count once more; its figures replace those before.
+
+        Does nothing before the first measurement.
+        """
+        if self._last_measured is not None:
+            self._measure_and_log(trainer, pl_module, count_edits(trainer, pl_module))
+
     def reset(self) -> None:
         """Forget the previous run. Called before a fit that starts from no edits; extend it to drop more."""
         self.latest = {}

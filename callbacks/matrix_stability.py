@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lit_edit.algebra.linalg import singular_values
 from lit_edit.runs.spectra import FILE_NAME, write_spectra
 
-from .every_n import EveryNEdits, count_edits
-
-_NAMES_SHOWN = 8
+from .watched import Watched
 
 
 def _in_double(matrix: Tensor) -> Tensor:
@@ -120,7 +115,7 @@ def _relative_distance(now: Tensor, start: Tensor) -> float:
     return 0.0 if moved == 0 else math.inf
 
 
-class MatrixStability(EveryNEdits):
+class MatrixStability(Watched):
     """Logs norms, conditioning and drift of weight matrices every N edits.
 
     For every matrix the figures of `matrix_figures`, `relative_drift` and `spectrum_drift`, as
@@ -158,52 +153,27 @@ class MatrixStability(EveryNEdits):
         at_start: bool = True,
         at_end: bool = True,
     ) -> None:
-        super().__init__(every_n=every_n, at_start=at_start, at_end=at_end)
-        if isinstance(parameters, str):
-            raise ValueError(f"parameters should be a list of patterns, it is the text {parameters!r}.")
-        if parameters is not None and not parameters:
-            raise ValueError("parameters is an empty list; leave it out to watch the edited matrices.")
-        self.parameters = parameters
-        self._reference: dict[str, Tensor] = {}  # of what the module does not keep itself
+        super().__init__(parameters, every_n, at_start, at_end)
         self._spectra: dict[str, Tensor] = {}  # of the starting weights
+        self._now: dict[str, Tensor] = {}
 
     @property
-    @override
-    def state_key(self) -> str:
-        # Two of these in one run watch different parameters. `every_n` is left out: a run may be resumed with another.
-        return self._generate_state_key(parameters=self.parameters)
+    def spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Singular values by matrix, largest first, in float64: before the first edit, and at the last measurement."""
+        return {name: (self._spectra[name], now) for name, now in self._now.items()}
 
     @override
     def reset(self) -> None:
         super().reset()
-        self._reference, self._spectra = {}, {}
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # By now a checkpoint has been restored under every strategy, the reference with it, and no edit has been made.
-        matrices = self._select(pl_module)
-        for name in list(self._reference):  # of a checkpoint that held them although the module keeps them
-            if _kept_by_module(pl_module, name) is not None:
-                del self._reference[name]
-        missing = [name for name in matrices if self._start(pl_module, name) is None]
-        if missing and count_edits(trainer, pl_module) > 0:
-            rank_zero_warn(
-                f"No starting weights of {_some(missing)} were saved; drift is measured from the resumed weights.",
-                category=UserWarning,
-            )
-        for name in missing:
-            self._reference[name] = matrices[name].detach().cpu().clone()
+        self._spectra, self._now = {}, {}
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
         tagged: dict[str, float] = {}
         by_figure: dict[str, list[float]] = {}
         spectra: dict[str, Tensor] = {}
-        for name, weight in self._select(pl_module).items():
-            spectrum, start = _spectrum(weight), self._start(pl_module, name)
-            if start is None:
-                raise RuntimeError(f"The starting weight of {name!r} is missing: `on_train_start` was not called.")
-            start = start.to(weight.device)
+        for name, weight in self.select(pl_module).items():
+            spectrum, start = _spectrum(weight), self.start(pl_module, name, weight)
             if name not in self._spectra:
                 self._spectra[name] = spectrum if torch.equal(start, weight) else _spectrum(start)
             spectra[name] = spectrum
@@ -213,6 +183,7 @@ class MatrixStability(EveryNEdits):
             for figure, value in figures.items():
                 tagged[f"stability/{name}/{figure}"] = value
                 by_figure.setdefault(figure, []).append(value)
+        self._now = spectra
         folder = trainer.log_dir  # asked for on every rank: it is broadcast
         if folder is not None and trainer.is_global_zero:
             write_spectra(Path(folder) / FILE_NAME, self._spectra, spectra)
@@ -225,64 +196,6 @@ class MatrixStability(EveryNEdits):
         return tagged
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "reference": dict(self._reference)}
-
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._reference = {name: weight.cpu() for name, weight in state_dict["reference"].items()}
         self._spectra = {}
-
-    def _start(self, pl_module: LightningModule, name: str) -> Tensor | None:
-        """A matrix as it was at the start, kept here or by the module; None where it is not known."""
-        own = self._reference.get(name)
-        return own if own is not None else _kept_by_module(pl_module, name)
-
-    def _select(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        """The matrices to watch, by name. Looked up anew each time: a module may replace a parameter object."""
-        chosen = self._matching(pl_module) if self.parameters is not None else _default_matrices(pl_module)
-        for name, weight in chosen.items():
-            if weight.ndim != 2 or weight.numel() == 0:
-                raise ValueError(f"MatrixStability watches matrices, {name!r} has the shape {tuple(weight.shape)}.")
-        return chosen
-
-    def _matching(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        available: dict[str, Tensor] = dict(pl_module.named_parameters())
-        chosen: dict[str, Tensor] = {}
-        for pattern in self.parameters or ():
-            found = {name: weight for name, weight in available.items() if fnmatchcase(name, pattern)}
-            if not found:
-                matrices = [name for name, weight in available.items() if weight.ndim == 2]
-                raise ValueError(
-                    f"MatrixStability: no parameter of {type(pl_module).__name__} matches {pattern!r}. "
-                    f"Its matrices are {_some(matrices)}."
-                )
-            chosen.update(found)
-        return chosen
-
-
-def _kept_by_module(pl_module: LightningModule, name: str) -> Tensor | None:
-    original = getattr(pl_module, "original_parameter", None)
-    kept: Tensor | None = original(name) if callable(original) else None
-    return kept
-
-
-def _default_matrices(pl_module: LightningModule) -> dict[str, Tensor]:
-    edited = getattr(pl_module, "edited_parameters", None)
-    if callable(edited):
-        offered: Mapping[str, Tensor] = edited()
-        chosen = dict(offered)
-    else:
-        chosen = {n: p for n, p in pl_module.named_parameters() if p.ndim == 2 and p.requires_grad}
-    if not chosen:
-        raise ValueError(
-            f"MatrixStability: {type(pl_module).__name__} has no edited or trainable matrix; name some in `parameters`."
-        )
-    return chosen
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    listed = ", ".join(names[:_NAMES_SHOWN]) or "none"
-    return f"{listed} and {more} more" if more > 0 else listed

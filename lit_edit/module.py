@@ -127,6 +127,17 @@ class LitEdit(L.LightningModule):
         site = next((site for site in self.session.sites if site.name == own), None)
         return self.model.get_parameter(own).detach() if site is None else site.original_stored
 
+    def latest_keys(self) -> dict[str, Tensor]:
+        """Keys of the latest batch's edits, by the names of `edited_parameters`; for callbacks that look at updates.
+
+        Returns:
+            ``(p, n)`` for each weight that one of them was written into; empty for editors without keys.
+        """
+        numbers = {edit.number for edit in self.last_edits}
+        sites = self.session.sites if self.session is not None else []
+        places = {site.name: [i for i, owner in enumerate(site.owners) if owner in numbers] for site in sites}
+        return {site.name: site.keys[:, places[site.name]] for site in sites if places[site.name]}
+
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """The model as it would be if the run ended here: what an editor does at the end is done, and taken back.

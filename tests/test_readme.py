@@ -16,6 +16,7 @@ from lit_edit.cli import main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GUIDE = (REPOSITORY / "docs" / "real-models.md").read_text(encoding="utf-8")
+CALLBACKS = (REPOSITORY / "docs" / "callbacks.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SMALLER = [
     "--data.init_args.n_edits=2",
@@ -99,7 +100,7 @@ def lines(block: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "block",
-    [b for b in blocks("bash") + blocks("bash", GUIDE) if "train.py" in b],
+    [b for text in (README, GUIDE, CALLBACKS) for b in blocks("bash", text) if "train.py" in b],
     ids=lambda b: lines(b)[0].split("train.py ")[-1][:60],
 )
 def test_every_block_of_commands_runs_in_order(block: str, tmp_path: Path) -> None:
@@ -125,9 +126,9 @@ def test_tensorboard_reads_a_run(tmp_path: Path) -> None:
     assert "reliability" in said
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_every_python_block_runs(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", blocks("python") + blocks("python", CALLBACKS), ids=lambda b: b.split("\n")[0])
+def test_every_python_block_runs(block: str, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
-    script.write_text(blocks("python")[number], encoding="utf-8")
+    script.write_text(block, encoding="utf-8")
     said = run([sys.executable, str(script)], tmp_path).stdout
     assert re.search(r"\d", said.splitlines()[-1])

@@ -17,6 +17,7 @@ import pytest
 from helpers.browser import chromium, opened
 from helpers.reports import NEIGHBOURS, REPHRASINGS, write_run
 
+from lit_edit.runs.pictures import Picture, write_picture
 from lit_edit.runs.report import write_report
 from lit_edit.runs.results import read_results
 
@@ -262,6 +263,45 @@ def test_the_weights_that_moved_most_come_first(browser: Any, tmp_path: Path) ->
         unfold(open_page.page, "Spectra of 2 further weights")
         more = open_page.page.locator("section[aria-labelledby=weights] details[open] figcaption")
         assert more.all_inner_texts() == ["little", "still"]
+
+
+@pytest.mark.parametrize("viewport", [None, PHONES[1]], ids=["desk", "phone"])
+def test_pictures_of_callbacks_are_drawn(browser: Any, tmp_path: Path, viewport: dict[str, int] | None) -> None:
+    folder = write_run(tmp_path / "run", edits=4, every=4)
+    matrix = [[None, 0.2, 0.4], [0.2, None, 0.1], [0.4, 0.1, None]]
+    dots: list[list[float | None]] = [[float(i), float(i % 3)] for i in range(40)]
+    shown = [
+        Picture(
+            "a", "Cosines", "A note.", "heatmap", matrix=matrix, labels=["1", "2", "3"], across="edit", up="cosine"
+        ),
+        Picture("b", "Drift", "", "scatter", {"before": dots, "after": [[0.0, None], [-1.0, 2.0]]}, across="first"),
+        Picture("c", "Times", "", "lines", {"values": dots}, across="edits"),
+        Picture("d", "Hidden", "", "lines", {"values": dots}, on_page=False),
+        Picture("e", "Nothing", "", "scatter", {"before": [[0.0, None]]}),
+    ]
+    for picture in shown:
+        write_picture(folder / "pictures", picture)
+    write_report([folder], tmp_path / "page.html")
+    with opened(browser, tmp_path / "page.html", **({"viewport": viewport} if viewport else {})) as open_page:
+        section = open_page.page.locator("section[aria-labelledby=pictures]")
+        titles = section.locator("figcaption").all_inner_texts()
+        assert [text.split("\n")[0] for text in titles] == ["Cosines", "Drift", "Times", "Nothing"]
+        cells = section.locator("rect")
+        assert cells.count() == 6
+        assert cells.nth(1).locator("title").text_content() == "edit 1 and 3: 0.4"
+        assert section.get_by_text("largest 0.4, which is drawn darkest").is_visible()
+        paths = section.locator("path.dots").evaluate_all(
+            "all => all.map((one) => one.getAttribute('d').split('M').length - 1)"
+        )
+        assert paths == [40, 1]
+        assert section.locator("path.curve").count() >= 1
+        assert section.get_by_text("No value is finite.").is_visible()
+        assert open_page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    shutil.copytree(folder, tmp_path / "other")
+    write_report([folder, tmp_path / "other"], tmp_path / "two.html", names=["one", "other"])
+    with opened(browser, tmp_path / "two.html") as open_page:
+        unfold(open_page.page, "other: 4 pictures")
+        assert open_page.page.locator("section[aria-labelledby=pictures] figure").count() == 4
 
 
 def test_what_a_run_lacks_is_said(browser: Any, tmp_path: Path) -> None:

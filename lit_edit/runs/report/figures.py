@@ -52,7 +52,22 @@ FIGURES = {
     "stability/mean_relative_drift": Figure(
         "mean drift", "How far the weights moved, relative to their norm.", "linear"
     ),
+    "orthogonality/mean_cosine": Figure(
+        "cosine of updates, mean", "Between the updates of different edits; 0 is orthogonal.", "share", "Cosines"
+    ),
+    "orthogonality/max_cosine": Figure(
+        "cosine of updates, largest", "Of all pairs of edits that were compared.", "share", "Cosines"
+    ),
+    "activation/unrelated": Figure(
+        "activation, other edits", "What the updates of others make of an edit's key.", "log", "Activation scores"
+    ),
+    "activation/own": Figure(
+        "activation, own update", "What an edit's own update makes of its key.", "log", "Activation scores"
+    ),
 }
+
+
+_OF_WEIGHTS = ("stability", "spectrum", "orthogonality")
 
 
 def figure(key: str) -> Figure:
@@ -84,9 +99,9 @@ def is_detail(key: str) -> bool:
 
 
 def weight_of(key: str) -> tuple[str, str] | None:
-    """The parameter and the figure of ``stability/<parameter>/<figure>``."""
+    """The parameter and the figure of ``stability/<parameter>/<figure>``, and the like of other callbacks."""
     parts = key.split("/")
-    return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == "stability" else None
+    return (parts[1], parts[2]) if len(parts) == 3 and parts[0] in _OF_WEIGHTS else None
 
 
 def ordered(keys: set[str]) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from lit_edit.runs import outcomes, results, spectra
+from lit_edit.runs import outcomes, pictures, results, spectra
 from lit_edit.runs.outcomes import read_outcomes
+from lit_edit.runs.pictures import Picture, read_pictures
 from lit_edit.runs.results import INTERVAL, Record, read_results
 
 EDITS = "edits.jsonl"
@@ -74,6 +75,7 @@ class RunData:
         evaluations: By count of edits; ``rows`` are kept for the last complete one only.
         before: The unedited model's answers by prompt.
         spectra: Content of ``spectra.json``.
+        pictures: Those of analysis callbacks.
         missing: What could not be read, and what that leaves out, in sentences.
     """
 
@@ -86,6 +88,7 @@ class RunData:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     before: dict[str, str | None] = field(default_factory=dict)
     spectra: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -172,6 +175,8 @@ def read_run(folder: Path) -> RunData:
     _read_edits(run)
     _read_outcomes(run)
     _read_spectra(run)
+    run.pictures, wrong = read_pictures(folder / pictures.FOLDER)
+    run.missing += wrong
     if run.ended_early:
         of = f" of {run.planned}" if run.planned else ""
         run.missing.insert(0, f"The run ended early, after {run.made}{of} edits.")

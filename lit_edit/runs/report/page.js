@@ -349,6 +349,7 @@ async function open() {
     ["curves", "Curves over edits", curves],
     ["edits", "Every edit", requests],
     ["weights", "Weights", weights],
+    ["pictures", "Pictures", pictures],
     ["time", "Seconds by stage", seconds],
     ["tables", "Tables for a paper", tables],
     ["about", "What was run", about],

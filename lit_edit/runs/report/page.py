@@ -15,13 +15,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lit_edit.evaluation.evaluate import WAYS
 from lit_edit.files import write_whole
+from lit_edit.runs.pictures import Picture
 from lit_edit.units import size_text, time_text
 
 from .differences import Difference, common_count, difference
@@ -30,7 +31,7 @@ from .gather import STATUSES, Case, RunData, find_runs, label_runs, read_run
 from .tables import PaperTable, paper_table
 
 FILE_NAME = "report.html"
-_SCRIPTS = ("elements.js", "charts.js", "requests.js", "page.js")
+_SCRIPTS = ("elements.js", "charts.js", "pictures.js", "requests.js", "page.js")
 _TITLES_NAMED = 3  # runs that the title names
 _UNCHANGED = ("locality", "same_subject")
 _OF_EDITS = ("reliability", "generalization", "portability")  # at 0 edits there is nothing to retain
@@ -166,6 +167,7 @@ def _run(run: RunData, texts: _Texts, cases: dict[Case, int], statuses: Sequence
         "weights": _weights(run),
         "seconds": run.seconds_by_stage(),
         "spectra": run.spectra,
+        "pictures": [_picture(picture) for picture in run.pictures if picture.on_page],
         "evaluations": [n for n in run.evaluations if n],
         "outcomes": _outcomes(run, texts, cases, statuses),
     }
@@ -286,15 +288,23 @@ def _ways(run: RunData) -> dict[str, dict[str, float | None]]:
     return {way: values for way, values in found.items() if values}
 
 
+def _picture(picture: Picture) -> dict[str, Any]:
+    plain = asdict(picture)
+    return {name: plain[name] for name in plain if name not in ("name", "on_page")}
+
+
 def _weights(run: RunData) -> dict[str, dict[str, list[list[float | None]]]]:
     """Curves of single weights: by parameter, then by figure, ``[edits, value]``."""
-    found: dict[str, dict[str, list[list[float | None]]]] = {}
+    found: dict[str, dict[str, dict[int, float | None]]] = {}  # two callbacks may have logged the same figure
     for record in run.records:
         for key, value in record.items():
             name = weight_of(key)
             if name is not None:
-                found.setdefault(name[0], {}).setdefault(name[1], []).append([record["edits"], value])
-    return found
+                found.setdefault(name[0], {}).setdefault(name[1], {})[record["edits"]] = value
+    return {
+        name: {kind: [[edits, value] for edits, value in points.items()] for kind, points in kinds.items()}
+        for name, kinds in found.items()
+    }
 
 
 def _differences(runs: Sequence[RunData], keys: Sequence[str], count: int) -> list[list[Any]]:
