@@ -1,4 +1,4 @@
-"""Files of records: JSON, JSON Lines, CSV, the same compressed, and Hugging Face data sets, as plain dictionaries.
+"""Files of records: JSON, JSON Lines, CSV, TSV, the same compressed, and Hugging Face data sets, as plain dictionaries.
 
 Nothing here knows what an edit is. Each record comes with the words an error message uses to point at it
 (``facts.csv, line 3``), so that whoever reads its fields can say where a bad one stands.
@@ -34,8 +34,9 @@ def read_records(path: str | Path, list_columns: Collection[str] = ()) -> list[L
 
     Args:
         path: A ``.json`` file (a list of objects, or an object in which exactly one value is a list), a ``.jsonl``
-            file (one object a line, blank lines ignored) or a ``.csv`` file (comma-separated, first line the
-            column names), each also with ``.gz`` appended; UTF-8. Or ``hf:owner/name`` or ``hf:owner/name:split``
+            file (one object a line, blank lines ignored), a ``.csv`` file (comma-separated, first line the column
+            names) or a ``.tsv`` file (the same with tabs, quotation marks being ordinary characters), each also with
+            ``.gz`` appended; UTF-8. Or ``hf:owner/name``, ``hf:owner/name:split`` or ``hf:owner/name:config:split``
             for a data set of the Hugging Face hub, or ``hf:folder`` for one that ``Dataset.save_to_disk`` wrote
             (split ``train`` unless named; no code that comes with a data set is ever run).
         list_columns: CSV columns whose cells may hold several texts separated by ``" | "``; such a cell becomes
@@ -57,6 +58,7 @@ def read_records(path: str | Path, list_columns: Collection[str] = ()) -> list[L
         ".json": _parse_json,
         ".jsonl": _parse_jsonl,
         ".csv": lambda text, name: _parse_csv(text, name, list_columns),
+        ".tsv": lambda text, name: _parse_csv(text, name, list_columns, tabs=True),
     }
     if not file.exists():
         raise RequestError(f"{file}: there is no such file.")
@@ -209,9 +211,10 @@ def _parse_jsonl(text: str, name: str) -> list[Located]:
     return records
 
 
-def _parse_csv(text: str, name: str, list_columns: Collection[str]) -> list[Located]:
+def _parse_csv(text: str, name: str, list_columns: Collection[str], tabs: bool = False) -> list[Located]:
     # `strict`: without it an unclosed quotation mark swallows the rest of the file into one cell.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
     header: list[str] = []
     records: list[Located] = []
     while True:
@@ -221,7 +224,7 @@ def _parse_csv(text: str, name: str, list_columns: Collection[str]) -> list[Loca
         except StopIteration:
             return records
         except csv.Error as error:
-            raise RequestError(f"{name}, line {line}: is not valid CSV ({error}).") from error
+            raise RequestError(f"{name}, line {line}: is not valid {'TSV' if tabs else 'CSV'} ({error}).") from error
         if not any(cell.strip() for cell in row):
             continue
         if not header:
@@ -232,7 +235,7 @@ def _parse_csv(text: str, name: str, list_columns: Collection[str]) -> list[Loca
         if len(row) != len(header):
             raise RequestError(
                 f"{source}: has {len(row)} cells where the header names {len(header)} columns; "
-                "put a text with a comma in it into quotation marks."
+                + ("no text may have a tab in it." if tabs else "put a text with a comma in it into quotation marks.")
             )
         records.append((source, {col: _cell(cell, col in list_columns) for col, cell in zip(header, row, strict=True)}))
 
@@ -258,12 +261,17 @@ def _read_hub(address: str) -> list[Located]:
     import datasets  # takes a second to import, which a run on a plain file need not spend
 
     name = address[len(HUB_PREFIX) :]
-    folder, split = Path(name).expanduser(), "train"
+    folder, split, config = Path(name).expanduser(), "train", None
     if not folder.is_dir() and ":" in name:
         name, split = name.rsplit(":", 1)
         folder = Path(name).expanduser()
-    if not name or not split:
-        raise RequestError(f"{address}: is not of the form hf:owner/name, hf:owner/name:split or hf:folder.")
+    if not folder.is_dir() and ":" in name:
+        name, config = name.rsplit(":", 1)
+    if not name or not split or config == "":
+        raise RequestError(
+            f"{address}: is not of the form hf:owner/name, hf:owner/name:split, hf:owner/name:config:split or "
+            "hf:folder."
+        )
     try:
         if folder.is_dir():
             loaded = datasets.load_from_disk(str(folder))
@@ -272,7 +280,7 @@ def _read_hub(address: str) -> list[Located]:
             # datasets 3 can still run a data set's own script, if it is let; datasets 4 cannot, and logs the argument
             # as an error.
             refuse_code = {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
-            data = datasets.load_dataset(name, split=split, **refuse_code)
+            data = datasets.load_dataset(name, *([] if config is None else [config]), split=split, **refuse_code)
     except Exception as error:
         # Several libraries take part (datasets, huggingface_hub, pyarrow, an HTTP client), without a common base
         # class for their errors; whatever went wrong is passed on, with the address in front.
@@ -280,5 +288,5 @@ def _read_hub(address: str) -> list[Located]:
         raise RequestError(f"{address}: cannot be loaded ({type(error).__name__}: {why}).") from error
     if len(data) == 0:
         raise RequestError(f"{address}: the data set has no records.")
-    source = f"{HUB_PREFIX}{name}:{split}"
+    source = f"{HUB_PREFIX}{name}:{split}" if config is None else f"{HUB_PREFIX}{name}:{config}:{split}"
     return [(f"{source}, record {number}", dict(record)) for number, record in enumerate(data, start=1)]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -99,19 +100,21 @@ def _resolve(args: Sequence[str], trusted: Sequence[str]) -> tuple[list[str], st
         if content.get("trust"):
             raise ValueError(f"{name} sets `trust`, which only the command line can: {TRUST}={content['trust']}.")
         check_classes(content, trusted, name)
-        return find_config(name)
+        switched_off = [group for group in _OFF if group in content and content[group] is None]
+        if not switched_off:
+            return find_config(name)
+        return json.dumps({**content, **{group: _OFF[group] for group in switched_off}})
 
     takes_value = False
     for arg in args:
         is_config = takes_value or arg.startswith(("--config=", "-c=")) or arg in ("--config", "-c")
         if takes_value:
-            arg = resolve(arg)
             stem = stem or Path(arg).stem
+            arg = resolve(arg)
         elif arg.startswith(("--config=", "-c=")):
             option, value = arg.split("=", 1)
-            value = resolve(value)
             stem = stem or Path(value).stem
-            arg = f"{option}={value}"
+            arg = f"{option}={resolve(value)}"
         takes_value = not takes_value and arg in ("--config", "-c")
         if is_config and command is not None:
             first.append(arg)
@@ -128,6 +131,23 @@ def _take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
     known.add_argument(TRUST, default="")
     found, others = known.parse_known_args(list(args))
     return [name.strip() for name in found.trust.split(",") if name.strip()], others
+
+
+_OFF: dict[str, dict[str, Any]] = {"downstream": {"n_items": 0}}
+"""Groups of options that ``null`` switches off, and what says so."""
+
+
+def _switch_off(args: Sequence[str]) -> list[str]:
+    """Arguments with ``--<group>=null`` spelled out, where the group can be switched off."""
+    spelled = {f"--{group}": [f"--{group}.{k}={v}" for k, v in settings.items()] for group, settings in _OFF.items()}
+    out: list[str] = []
+    for arg in args:
+        if out and out[-1] in spelled and arg == "null":
+            out[-1:] = spelled[out[-1]]
+        else:
+            option, _, value = arg.partition("=")
+            out += spelled[option] if option in spelled and value == "null" else [arg]
+    return out
 
 
 def _take_resume(args: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -175,7 +195,7 @@ class EditCLI(LightningCLI):
         self.trusted, given = _take_trust(given)
         enforce(self.trusted)
         self._made: list[Path] = []
-        self.resumed, given = _take_resume(given)
+        self.resumed, given = _take_resume(_switch_off(given))
         resolved, self.run_name = _resolve(given, self.trusted)
         super().__init__(
             _NamedModel,

@@ -23,6 +23,7 @@ import torch
 import yaml
 from helpers.models import tiny_tokenizer
 from helpers.runs import PLACES, command_line, quick_editor, write_facts
+from lit_edit.callbacks import DownstreamEval
 from lit_edit.datamodules import FactsDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
@@ -598,3 +599,14 @@ def test_edit_takes_a_family_too() -> None:
         edit(model, tokenizer, [fact], editor)
     family = Family("transformer.h", "mlp.dense_4h_to_h")
     assert len(edit(model, tokenizer, [fact], editor, family=family)[1]) == 1
+
+
+def test_null_switches_the_general_abilities_off(arguments: Command, tmp_path: Path) -> None:
+    """On the command line, as one word or two, and in a file."""
+    command = [word for word in arguments() if not word.startswith("--downstream")]
+    (tmp_path / "quiet.yaml").write_text("downstream: null\n", encoding="utf-8")
+    for off in (["--downstream=null"], ["--downstream", "null"], ["--config", str(tmp_path / "quiet.yaml")]):
+        made = _Unstarted([*command, *off, "--trainer.logger=false"])
+        (tasks,) = (callback.tasks for callback in made.trainer.callbacks if isinstance(callback, DownstreamEval))
+        assert tasks == []
+        assert made.run_name == "memit"

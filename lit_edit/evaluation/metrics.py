@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.text import rouge_score
+from torchmetrics.functional.text import rouge_score, squad
 
 IGNORED = -100
 
@@ -108,6 +108,26 @@ def squad_normalise(text: str) -> str:
     """
     unpunctuated = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", unpunctuated).split())
+
+
+def squad_f1(given: str, right: Sequence[str]) -> float:
+    """SQuAD's F1 over words, of the accepted answer that fits best, as ``torchmetrics`` computes it.
+
+    Args:
+        given: An answer.
+        right: Answers that are accepted.
+
+    Returns:
+        Between 0 and 1.
+
+    Example:
+        >>> squad_f1("the big dog", ["a dog", "cat"])
+        0.666...
+    """
+    answers = {"text": list(right), "answer_start": [0] * len(right)}
+    wanted: Any = {"answers": answers, "id": "0"}
+    found = squad({"prediction_text": given, "id": "0"}, wanted)
+    return float(found["f1"]) / 100
 
 
 def mean_rouge(preds: Sequence[str], golds: Sequence[str]) -> float:

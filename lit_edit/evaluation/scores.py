@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,16 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[list[int]]:
+def greedy(
+    model: Any,
+    prompter: Prompter,
+    prompts: Sequence[str],
+    max_new_tokens: Sequence[int],
+    ended: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
     """Greedy continuations, of a number of tokens at most; the end-of-text token ends one and is not included.
+
+    ``ended`` is asked after each token whether a continuation is complete.
 
     Padding is on the left here, whatever the tokenizer's setting, because every row continues at its end. Not
     `model.generate`: it obeys the model's own generation settings, such as a repetition penalty or further end tokens,
@@ -85,7 +93,7 @@ def greedy(model: Any, prompter: Prompter, prompts: Sequence[str], max_new_token
             going = [i for i in going if token[i] != eos]
             for i in going:
                 out[i].append(token[i])
-            going = [i for i in going if len(out[i]) < max_new_tokens[i]]
+            going = [i for i in going if len(out[i]) < max_new_tokens[i] and not (ended and ended(out[i]))]
             # Selecting copies what is kept of all that go on: worth it once half have ended.
             if 0 < 2 * len(going) <= len(rows) and _selectable(cache):
                 kept = torch.tensor([rows.index(i) for i in going])

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lit_edit import LitEdit, load_model
 from lit_edit.evaluation.downstream import Task, TaskFileError, run_task
 from lit_edit.model.prompts import Prompter
+from lit_edit.requests import RequestError
 from lit_edit.runs.results import ResultsLogger, read_results
 
 pytestmark = [
@@ -131,3 +132,57 @@ def test_switched_off_it_asks_nothing_of_the_module(tmp_path: Path) -> None:
 
     trainer(tmp_path, DownstreamEval(n_items=0), logger=ResultsLogger(tmp_path)).fit(Bare(), DataLoader([1]))  # type: ignore[arg-type]
     assert read_results(tmp_path).records == []
+
+
+class Watched(LightningModule):
+    """One step of nothing on a language model."""
+
+    automatic_optimization = False
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def configure_optimizers(self) -> None: ...
+
+
+def test_tasks_at_chance_are_named_once(
+    tiny_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {
+        "nli": [{"prompt": f"{i} is even. True or False?", "answer": str(i % 2 == 0)} for i in range(30)],
+        "few": [{"prompt": "The river", "answer": "runs"}],
+    }
+    (tmp_path / "tasks.json").write_text(json.dumps(rows))
+    module = Watched(*load_model(str(tiny_folder("llama"))))
+    callback = DownstreamEval(str(tmp_path / "tasks.json"), every_n=1)
+    trainer(tmp_path, callback, logger=ResultsLogger(tmp_path)).fit(module, DataLoader([1, 2]))  # type: ignore[arg-type]
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "No better than chance before the first edit: nli (0.00, chance 0.50). What edits break does not show there; "
+        "name other tasks with --downstream.tasks, or leave all out with --downstream=null."
+    ]
+    about = read_results(tmp_path).run["downstream"]
+    assert about == {
+        "nli": {"items": 30, "chance": 0.5, "known": False},
+        "few": {"items": 1, "chance": 1.0, "known": True},
+    }
+
+
+def test_items_too_long_for_the_model(tiny_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {"own": [{"prompt": "The river " * n, "answer": "runs"} for n in (1, 200, 2)]}
+    (tmp_path / "tasks.json").write_text(json.dumps(rows))
+    module = Watched(*load_model(str(tiny_folder("llama"))))
+    with pytest.raises(RequestError, match=r"task 'own', item 1.*--downstream\.skip_long=true leaves such items out"):
+        trainer(tmp_path, DownstreamEval(str(tmp_path / "tasks.json"))).fit(module, DataLoader([1]))  # type: ignore[arg-type]
+    callback = DownstreamEval(str(tmp_path / "tasks.json"), skip_long=True)
+    trainer(tmp_path, callback).fit(module, DataLoader([1]))  # type: ignore[arg-type]
+    assert "Task own: 1 item too long for the model, 2 are left." in capsys.readouterr().out
+    assert [len(task.prompts) for task in callback.tasks] == [2]
+    rows["own"] = rows["own"][1:2]
+    (tmp_path / "tasks.json").write_text(json.dumps(rows))
+    callback = DownstreamEval(str(tmp_path / "tasks.json"), skip_long=True)
+    with pytest.raises(RequestError, match="All items of the task 'own' are too long"):
+        trainer(tmp_path, callback).fit(module, DataLoader([1]))  # type: ignore[arg-type]

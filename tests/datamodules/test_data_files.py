@@ -88,6 +88,11 @@ def test_gzip(tmp_path: Path, name: str, text: str) -> None:
         ("f.csv", "a,a\nx,y\n", "f.csv, line 1: the column 'a' is there twice."),
         ("f.csv", "a,,b\nx,y,z\n", "f.csv, line 1: column 2 has no name."),
         ("f.csv", "a,b\n", "f.csv: the file has no records."),
+        (
+            "f.tsv",
+            'a\tb\n"x\ty\nx\t"y"\tz\n',
+            "f.tsv, line 3: has 3 cells where the header names 2 columns; no text may have a tab in it.",
+        ),
         ("f.json.gz", "plain", "f.json.gz: is not a readable gzip file (Not a gzipped file (b'pl'))."),
     ],
 )
@@ -144,7 +149,7 @@ def test_missing_folder_and_unknown_kind(tmp_path: Path) -> None:
     assert error_of(tmp_path) == f"{tmp_path}: is a folder; name a file in it."
     (tmp_path / "f.txt").write_text("x")
     assert error_of(tmp_path / "f.txt") == (
-        f"{tmp_path / 'f.txt'}: is not a .json, .jsonl, .csv file (or one of these with .gz appended)."
+        f"{tmp_path / 'f.txt'}: is not a .json, .jsonl, .csv, .tsv file (or one of these with .gz appended)."
     )
 
 
@@ -168,9 +173,9 @@ def test_hub_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def load_dataset(name: str, split: str, **more: object) -> datasets.Dataset:
-        asked.append((name, split))
-        if name == "no/such":
+    def load_dataset(*names: str, split: str, **more: object) -> datasets.Dataset:
+        asked.append((*names, split))
+        if names[0] == "no/such":
             raise FileNotFoundError("not\nthere")
         assert not more.get("trust_remote_code")
         return datasets.Dataset.from_list(RECORDS)
@@ -180,7 +185,16 @@ def test_hub_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     read_records("hf:owner/name:validation")
     assert error_of("hf:no/such") == "hf:no/such: cannot be loaded (FileNotFoundError: not there)."
     assert asked == [("owner/name", "train"), ("owner/name", "validation"), ("no/such", "train")]
+    assert read_records("hf:owner/name:large:test")[0][0] == "hf:owner/name:large:test, record 1"
+    assert asked[3:] == [("owner/name", "large", "test")]
     assert "is not of the form" in error_of("hf:")
+    assert "is not of the form" in error_of("hf:owner/name::test")
+
+
+def test_tabs_leave_quotation_marks_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "f.tsv"
+    path.write_text('a\tb\n"Yes", he said.\t1\n', encoding="utf-8")
+    assert read_records(path) == [("f.tsv, line 2", {"a": '"Yes", he said.', "b": "1"})]
 
 
 def test_none_where_records_of_a_data_set_differ(tmp_path: Path) -> None:

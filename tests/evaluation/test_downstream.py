@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.runs import taught
 
 from lit_edit.evaluation import downstream
-from lit_edit.evaluation.downstream import Task, TaskFileError, load_tasks, run_task
+from lit_edit.evaluation.downstream import Judging, Task, TaskFileError, load_tasks, run_task
 from lit_edit.model.prompts import Prompter
 from lit_edit.requests import RequestError
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def learnt(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> tuple[Any, Any]:
+    return taught(tiny_folder(request.param))
 
 
 def written(folder: Path, content: Any) -> str:
@@ -31,9 +37,16 @@ def test_tasks_are_read_in_the_order_of_the_file(tmp_path: Path) -> None:
     assert load_tasks(path) == [
         Task("qa", ["Item 0:", "Item 1:", "Item 2:"], ["a", "b", "c"]),
         Task("summary", ["Item 0:"], ["d"]),
-        Task("own", ["Item 0:", "Item 1:"], ["e", "f"]),
+        Task("own", ["Item 0:", "Item 1:"], ["e", "f"], Judging("accuracy")),
     ]
-    assert load_tasks(path, ["own", "qa"], 1) == [Task("own", ["Item 0:"], ["e"]), Task("qa", ["Item 0:"], ["a"])]
+    assert [task.prompts for task in load_tasks(path, ["own", "qa"], 1)] == [["Item 0:"], ["Item 0:"]]
+
+
+def test_in_a_file_of_ones_own_punctuation_and_case_do_not_count(tmp_path: Path) -> None:
+    (task,) = load_tasks(written(tmp_path, {"inference": items("True", "False", "True")}))
+    assert task.score(["True.", " false", "No"]) == pytest.approx(2 / 3)
+    (embedded,) = load_tasks(names=["inference"], n_items=1)
+    assert embedded.score([f"{embedded.answers[0]}."]) == 0  # the embedded model's scores are to the letter
 
 
 def test_the_embedded_tasks() -> None:
@@ -79,11 +92,104 @@ def test_scores(name: str, given: list[str], score: float) -> None:
     assert Task(name, ["p", "q"], ["positive", "positive"]).score(given) == pytest.approx(score)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_answers_end_at_the_end_of_the_text_a_line_break_or_the_limit(
-    tiny_folder: Callable[[str], Path], family: str
-) -> None:
-    model, tokenizer = taught(tiny_folder(family))
+RIGHT = Judging("accuracy", "label", ("True", "False"))
+
+
+@pytest.mark.parametrize(
+    ("judging", "accepted", "given", "score"),
+    [
+        (Judging("accuracy"), [("True",), ("Oslo",)], ["true.", "Bergen"], 0.5),
+        (Judging("accuracy"), [("18",), ("a", "b")], ["18", "B!"], 1.0),
+        (Judging("identical"), [("True",), ("x",)], ["True.", "x"], 0.5),
+        (Judging("exact_match"), [("The cat", "dog"), ("x",)], ["a dog.", "y"], 0.5),
+        (Judging("f1"), [("a dog", "cat"), ("red fox",)], ["the big dog", "fox"], (2 / 3 + 2 / 3) / 2),
+        # ROUGE-1 and -L: 2 of 3 and 2 of 2 words, 4/5; ROUGE-2: 1 of 2 and 1 of 1 pairs, 2/3.
+        (Judging("rouge"), [("they meet",), ("one two",)], ["they meet today", "three"], (4 / 5 + 4 / 5 + 2 / 3) / 6),
+    ],
+)
+def test_scores_by_hand(judging: Judging, accepted: list[tuple[str, ...]], given: list[str], score: float) -> None:
+    task = Task("own", ["p", "q"], [right[0] for right in accepted], judging, accepted)
+    assert task.score(given) == pytest.approx(score, abs=1e-6)
+    with pytest.raises(ValueError, match=r"argument 2 is longer|2 gold answers"):
+        task.score(given[:1])
+
+
+def test_chance_by_hand() -> None:
+    labels = ["True", "True", "True.", "False"]
+    assert Task("own", list("pqrs"), labels, RIGHT).chance == 0.75  # always "True"
+    several = Task("own", ["p", "q"], ["a", "b"], Judging("exact_match"), [("a", "c", "The a"), ("c", "b")])
+    assert several.chance == 1.0  # "c" is right for both
+    letters = [("A", "B"), ("A", "B", "C")]
+    chosen = Task("own", ["p", "q"], ["A", "B"], Judging(choose="sum"), [], letters)
+    assert chosen.chance == 0.5  # always "A"; guessing would give (1/2 + 1/3) / 2
+    chosen = Task("own", list("pqr"), ["A", "B", "C"], Judging(choose="sum"), [], [("A", "B")] * 3)
+    assert chosen.chance == 0.5  # guessing; always the same would give 1/3
+    texts = Task("own", ["p", "q"], ["they meet", "they part"], Judging("rouge"))
+    assert texts.chance == pytest.approx((1 / 2 + 1 / 2 + 0) / 3, abs=1e-6)  # the other's summary
+
+
+def test_what_a_model_knows() -> None:
+    """Of 100 items with two labels guessing gets 50 and rarely more than 58: 50 + 1.645 · 5."""
+    task = Task("own", ["p"] * 100, ["True", "False"] * 50, RIGHT)
+    assert [task.knows(score) for score in (0.4, 0.5, 0.58, 0.59, 1.0)] == [False, False, False, True, True]
+    assert not Task("own", ["p"] * 100, [str(i) for i in range(100)]).knows(0.0)
+    assert Task("own", ["p"] * 2, ["a", "b"], Judging("exact_match")).knows(0.0)  # two items cannot tell
+    with pytest.raises(ValueError, match="metric is 'best'; it can be identical"):
+        Judging("best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs the labels"):
+        Judging(extract="label")
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        Judging(max_new_tokens=0)
+
+
+def test_a_model_that_explains_itself_is_scored_by_its_answer(learnt: tuple[Any, Any]) -> None:
+    model, tokenizer = learnt
+    prompter = Prompter(tokenizer, 128)
+    judging = Judging("accuracy", "label", ("Yes", "No"), max_new_tokens=8)
+    assert run_task(model, prompter, Task("own", ["Question: is snow cold? Answer:"], ["Yes"], judging)) == (1, ["Yes"])
+    river = Judging("accuracy", "word", max_new_tokens=8)
+    score, given = run_task(model, prompter, Task("own", ["The river of Peru runs slowly to the"], ["Sea"], river))
+    assert (score, given) == (1.0, ["sea"])
+    stopped = Judging("accuracy", stop=("slowly",), max_new_tokens=20)
+    assert run_task(model, prompter, Task("own", ["The river of Peru"], ["runs"], stopped)) == (1.0, ["runs"])
+
+
+@pytest.mark.parametrize("choose", ["sum", "token"])
+def test_choices_are_compared_as_a_plain_loop_does(learnt: tuple[Any, Any], choose: Any) -> None:
+    model, tokenizer = learnt
+    prompts = ["The capital of France is", "The capital of Peru is", "Maria was born in"]
+    choices = [("Lyon", "Rome and Lyon"), ("Oslo", "Lima"), ("Oslo.", "the old town of Rome", "Lima")]
+    task = Task("own", prompts, ["Lyon", "Lima", "Oslo."], Judging(choose=choose), [], choices)
+    score, given = run_task(model, Prompter(tokenizer, 128), task)
+    for prompt, options, chosen in zip(prompts, choices, given, strict=True):
+        values = []
+        for option in options:
+            ids = tokenizer(prompt + " " + option)["input_ids"]
+            start = len(tokenizer(prompt)["input_ids"])
+            with torch.no_grad():
+                logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            each = [float(logs[t - 1, ids[t]]) for t in range(start, len(ids))]
+            values.append(sum(each) / (len(each) if choose == "token" else 1))
+        assert chosen == options[values.index(max(values))]
+    assert score == sum(one == other for one, other in zip(given, task.answers, strict=True)) / 3
+
+
+def test_items_that_fit(tiny_folder: Callable[[str], Path]) -> None:
+    _, tokenizer = taught(tiny_folder("llama"), steps=0)
+    prompter = Prompter(tokenizer, 40)
+    task = Task(
+        "own", ["short", "so " * 60, "two"], ["a", "b", "c"], Judging(max_new_tokens=4), [("a",), ("b",), ("c",)]
+    )
+    kept, reasons = task.fitting(prompter)
+    assert (kept.prompts, kept.answers, kept.accepted) == (["short", "two"], ["a", "c"], [("a",), ("c",)])
+    assert len(reasons) == 1
+    long = Task("own", ["short"], ["a"], Judging(max_new_tokens=39))
+    assert "and 39 for the answer, the model takes 40" in str(long.fitting(prompter)[1][0])
+    assert Task("own", ["short"], ["a"]).fitting(prompter)[1] == []
+
+
+def test_answers_end_at_the_end_of_the_text_a_line_break_or_the_limit(learnt: tuple[Any, Any]) -> None:
+    model, tokenizer = learnt
     prompter = Prompter(tokenizer, 128)
     capitals = Task("own", ["The capital of Peru is", "The capital of France is"], ["Lima.", "Lille."])
     assert run_task(model, prompter, capitals) == (0.5, ["Lima.", "Lyon."])

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
+from torchmetrics.functional.text import squad
 
-from lit_edit.evaluation.metrics import mean_rouge, squad_normalise, target_scores
+from lit_edit.evaluation.metrics import mean_rouge, squad_f1, squad_normalise, target_scores
 
 
 def batch(rows: int = 6, length: int = 9, vocabulary: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,6 +103,29 @@ def test_bad_targets_are_refused(logits, targets, message):
 )
 def test_squad_normalise(text, normal):
     assert squad_normalise(text) == normal
+
+
+@pytest.mark.parametrize(
+    ("given", "right", "score"),
+    [
+        ("the big dog", ["a dog", "cat"], 2 / 3),  # one of two words, and all of one
+        ("Wilhelm Röntgen", ["Wilhelm Conrad Röntgen"], 4 / 5),
+        ("cat", ["dog", "The cat!"], 1.0),
+        ("nothing", ["dog"], 0.0),
+    ],
+)
+def test_squad_f1_by_hand(given, right, score):
+    assert squad_f1(given, right) == pytest.approx(score, abs=1e-6)
+
+
+def test_exact_match_agrees_with_torchmetrics():
+    """The normalisation here and the one in `torchmetrics` call the same answers equal."""
+    texts = ["The  Cat", "cat.", "a theory of an Anthem", "theory of anthem", "U.S.A.\n", "usa", "the", "Åland"]
+    for one in texts:
+        for other in texts:
+            answers = [{"answers": {"text": [other], "answer_start": [0]}, "id": "0"}]
+            found = squad([{"prediction_text": one, "id": "0"}], answers)["exact_match"]
+            assert (squad_normalise(one) == squad_normalise(other)) == bool(found == 100)
 
 
 def f1(overlap: int, predicted: int, wanted: int) -> float:
