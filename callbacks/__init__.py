@@ -8,12 +8,15 @@ if __name__ != "lit_edit.callbacks":
 
 from .activation_score import ActivationScore
 from .checkpoint import EditCheckpoint
+from .collapse_guard import CollapseGuard
 from .downstream_eval import DownstreamEval
 from .edit_log import EditLog
+from .edit_timer import EditTimer
 from .every_n import EveryNEdits, count_edits
 from .export import ExportModel
 from .interruption import StopOnSignal
 from .matrix_stability import MatrixStability, matrix_figures, relative_drift, spectrum_drift
+from .perplexity import Perplexity
 from .progress import EditProgressBar
 from .report import Report
 from .results_table import ResultsTable
@@ -23,13 +26,16 @@ from .update_orthogonality import UpdateOrthogonality
 
 __all__ = [
     "ActivationScore",
+    "CollapseGuard",
     "DownstreamEval",
     "EditCheckpoint",
     "EditLog",
     "EditProgressBar",
+    "EditTimer",
     "EveryNEdits",
     "ExportModel",
     "MatrixStability",
+    "Perplexity",
     "Report",
     "ResultsTable",
     "Retention",

@@ -148,15 +148,16 @@ class Retention(EveryNEdits):
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
         module = cast(Editing, pl_module)
-        requests = module.edited_requests if edits else self._all_requests(trainer)
-        facts = EditedFacts(module.edited_requests)
+        standing = module.edited_requests  # none before the first edit, or where all were taken back
+        requests = standing or self._all_requests(trainer)
+        facts = EditedFacts(standing)
         found = evaluate(module.model, module.prompter, requests, self._reference, edited=facts, ways=self.ways)
-        made = [edit for edit, _ in module.journal.standing] if edits else [None] * len(requests)
+        made = [edit for edit, _ in module.journal.standing] if standing else [None] * len(requests)
         records = [
             outcome_record(o, edit, edits, self._reference.text(module.prompter, o.request.prompt))
             for o, edit in zip(found, made, strict=True)
         ]
-        if edits:
+        if standing:
             self.counts_by_status = Counter(str(record["status"]) for record in records)
         folder = trainer.log_dir  # asked for on every rank: it is broadcast
         if self.outcomes and trainer.is_global_zero and folder is not None:

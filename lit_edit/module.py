@@ -153,6 +153,25 @@ class LitEdit(L.LightningModule):
                 self.editor.finish(workspace)
             yield
 
+    def go_back(self, edits: int, reason: str = "") -> list[int]:
+        """Takes back all edits after the first so many, see `lit_edit.session.EditSession.undo`.
+
+        Args:
+            edits: Number of the last edit to stay.
+            reason: Noted in the journal.
+
+        Returns:
+            Numbers of the edits taken back.
+
+        Raises:
+            ValueError: If an update that it takes is no longer kept. Nothing is changed then.
+        """
+        return self._session().undo(to=edits, reason=reason)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Ends the epoch before another edit where a callback has just asked to stop."""
+        return -1 if self.trainer.should_stop else None
+
     def keep_in(self, folder: Path, before: Path | None = None, limit: int = LIMIT) -> None:
         """Keeps journal and updates in a run's folder, see `lit_edit.session.EditSession.keep_in`."""
         session = self._session()

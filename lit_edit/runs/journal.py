@@ -79,13 +79,14 @@ class Event:
     Attributes:
         event: ``mended``: they had slipped and were written again. ``undone``: they were taken back. ``rewritten``:
             they had been written together with others that were taken back, and were written again alone.
+            ``collapsed``: a figure of the model left the bounds of a `lit_edit.callbacks.CollapseGuard`.
         after: Edits made by then.
         numbers: Of the edits.
         seconds: What it took, asking included.
         reason: Why.
     """
 
-    event: Literal["mended", "undone", "rewritten"]
+    event: Literal["mended", "undone", "rewritten", "collapsed"]
     after: int
     numbers: list[int]
     seconds: float

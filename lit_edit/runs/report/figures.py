@@ -80,6 +80,8 @@ def figure(key: str) -> Figure:
     if key.startswith("downstream/"):
         name = key.removeprefix("downstream/")
         return Figure(f"ability: {name}", "Score of a task that no edit is about.", "share", "General abilities")
+    if key.startswith("seconds/"):
+        return Figure(key.replace("/", ": "), "Mean of an edit since the last measurement.", "linear", "Seconds")
     if key.startswith("perplexity"):
         return Figure(key, "Less is better.", "log")
     return Figure(key)

@@ -201,6 +201,9 @@ def verdict(run: RunData) -> str:
         said.append(
             f"{_were(fate['undone'])} taken back later and {'is' if fate['undone'] == 1 else 'are'} not judged."
         )
+    for collapse in run.run.get("collapses") or []:
+        where = f"; back to {collapse['went_back_to']}" if collapse.get("went_back_to") is not None else ""
+        said.append(f"Collapse after {collapse.get('edits')} edits ({collapse.get('figure')}{where}).")
     if not run.evaluations and (held := run.figure("reliability")) is not None and run.made:
         said.append(f"Reliability after {run.made} edits: {_short(held)}.")
     abilities = [key for record in run.records for key in record if key.startswith("downstream/")]
