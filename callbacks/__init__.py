@@ -19,6 +19,7 @@ from .matrix_stability import MatrixStability, matrix_figures, relative_drift, s
 from .perplexity import Perplexity
 from .progress import EditProgressBar
 from .report import Report
+from .representation_drift import RepresentationDrift
 from .results_table import ResultsTable
 from .retention import Retention
 from .spectrum import Spectrum
@@ -37,6 +38,7 @@ __all__ = [
     "MatrixStability",
     "Perplexity",
     "Report",
+    "RepresentationDrift",
     "ResultsTable",
     "Retention",
     "Spectrum",

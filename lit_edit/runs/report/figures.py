@@ -80,6 +80,9 @@ def figure(key: str) -> Figure:
     if key.startswith("downstream/"):
         name = key.removeprefix("downstream/")
         return Figure(f"ability: {name}", "Score of a task that no edit is about.", "share", "General abilities")
+    if key.startswith("representation/"):
+        name = key.removeprefix("representation/").replace("_", " ")
+        return Figure(f"moved: {name}", "How far representations moved, relative to their length.", "linear", "Drift")
     if key.startswith("seconds/"):
         return Figure(key.replace("/", ": "), "Mean of an edit since the last measurement.", "linear", "Seconds")
     if key.startswith("perplexity"):
