@@ -15,6 +15,7 @@ from .edit_timer import EditTimer
 from .every_n import EveryNEdits, count_edits
 from .export import ExportModel
 from .interruption import StopOnSignal
+from .lm_eval import LMEval
 from .matrix_stability import MatrixStability, matrix_figures, relative_drift, spectrum_drift
 from .perplexity import Perplexity
 from .progress import EditProgressBar
@@ -35,6 +36,7 @@ __all__ = [
     "EditTimer",
     "EveryNEdits",
     "ExportModel",
+    "LMEval",
     "MatrixStability",
     "Perplexity",
     "Report",

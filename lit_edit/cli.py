@@ -33,6 +33,7 @@ from lit_edit.callbacks import (
     EditLog,
     EditProgressBar,
     ExportModel,
+    LMEval,
     MatrixStability,
     Report,
     ResultsTable,
@@ -272,6 +273,7 @@ class EditCLI(LightningCLI):
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(MatrixStability, "stability")
         parser.add_lightning_class_args(DownstreamEval, "downstream")
+        parser.add_lightning_class_args(LMEval, "lm_eval")
         parser.add_lightning_class_args(EditCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EditLog, "updates")
         parser.add_lightning_class_args(ExportModel, "export")

@@ -48,6 +48,7 @@ HEADLINES = (
     "instance_change",
     "immediate",
     "downstream",
+    "lm_eval",
     "perplexity",
     "stability/worst_condition_number",
     "stability/worst_spectrum_drift",
@@ -57,7 +58,7 @@ HEADLINES = (
 INTERVAL = "interval"
 """Before the names of the bounds: ``interval/<figure>/low`` and ``/high``."""
 
-_PACKAGES = ("lit-edit", "torch", "lightning", "transformers", "torchmetrics")
+_PACKAGES = ("lit-edit", "torch", "lightning", "transformers", "torchmetrics", "lm_eval")
 
 Record = dict[str, Any]
 

@@ -85,6 +85,8 @@ def figure(key: str) -> Figure:
         return Figure(f"moved: {name}", "How far representations moved, relative to their length.", "linear", "Drift")
     if key.startswith("seconds/"):
         return Figure(key.replace("/", ": "), "Mean of an edit since the last measurement.", "linear", "Seconds")
+    if key.startswith("lm_eval/"):
+        return Figure(key.replace("/", ": ", 1), "By lm-evaluation-harness.", "linear", "General abilities")
     if key.startswith("perplexity"):
         return Figure(key, "Less is better.", "log")
     return Figure(key)
@@ -118,7 +120,7 @@ def ordered(keys: set[str]) -> list[str]:
     def rank(key: str) -> tuple[float, str]:
         if key in place:
             return place[key], key
-        for offset, prefix in enumerate(("immediate/", "downstream/", "perplexity")):
+        for offset, prefix in enumerate(("immediate/", "downstream/", "lm_eval/", "perplexity")):
             if key.startswith(prefix):
                 return stability - 0.5 + offset / 10, key
         return len(known), key
