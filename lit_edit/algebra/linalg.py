@@ -13,6 +13,7 @@ from torch import Tensor
 _EPS = torch.finfo(torch.float64).eps
 _GRAM_RATIO = 1e-6  # smallest over largest eigenvalue of a Gram matrix that is still accurate enough
 _SMALL = 128  # width of matrices whose factorisation takes no time
+_LOOK_EVERY = 8  # steps of Lanczos' method: to look whether it has ended costs more than a step
 _LANCZOS = 1e-10  # of the eigenvalue sought
 _SPARE = 8  # columns of a random subspace beyond the rank looked for
 
@@ -272,6 +273,9 @@ def spectral_norm(matrix: Tensor) -> float:
         for _ in range(2):  # once leaves rounding behind
             step = step - stacked.T @ (stacked @ step)
         below.append(float(step.norm()))
+        if below[-1] and len(basis) % _LOOK_EVERY:
+            basis.append(step / below[-1])
+            continue
         small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
         small += torch.diag(torch.tensor(below[:-1], dtype=torch.float64), -1)
         values, vectors = torch.linalg.eigh(small)

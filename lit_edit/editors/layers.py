@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_edit.algebra.linalg import spectral_norm
 from lit_edit.algebra.updates import LowRank
 from lit_edit.editors.keys import KeyAverage, compute_keys
+from lit_edit.editors.prediction import known_spectral_norm, predicted_scores
 from lit_edit.editors.solvers import ROME, Solver
 from lit_edit.editors.values import ValueOptimizer, ValueProblem
 from lit_edit.model.edited_weight import EditedWeight
@@ -217,8 +217,9 @@ class TriedLayers(LayerPolicy, ABC):
         value_average: KeyAverage | None = None,
     ) -> list[Choice]:
         """The candidate with the lowest score for every request, with its neighbours."""
-        centers = self._centers(workspace.architecture)
-        problems = [ValueProblem(i, (layer,)) for i in range(len(requests)) for layer in centers]
+        tried = self.shortlist(workspace, requests, values, value_average or average)
+        centers = sorted(set().union(*tried))
+        problems = [ValueProblem(i, (layer,)) for i, layers in enumerate(tried) for layer in layers]
         contexts = None if self.contexts is None else workspace.contexts[: self.contexts]
         found = values.optimise(
             workspace, requests, problems, value_average or average, steps=self.steps, contexts=contexts
@@ -235,6 +236,12 @@ class TriedLayers(LayerPolicy, ABC):
         best = [min(_in_reach(lost, s, self.reach), key=s.__getitem__) for lost, s in zip(losses, scores, strict=True)]
         n = len(workspace.architecture)
         return [Choice(self._around(layer, n), layer, s) for layer, s in zip(best, scores, strict=True)]
+
+    def shortlist(
+        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+    ) -> list[list[int]]:
+        """The candidates to try for each request: all of them."""
+        return [self._centers(workspace.architecture)] * len(requests)
 
     def _centers(self, architecture: Architecture) -> list[int]:
         if self.layers is None:
@@ -258,12 +265,17 @@ class ActivationSelection(TriedLayers):
     rule always takes that layer; norm-matched values fall short in other layers as well. ``reach`` therefore compares
     only candidates whose value moved at all and whose loss came near the lowest; None is the published rule.
 
+    To optimise a value in every candidate takes most of an edit. With ``tries`` the scores are predicted first, from
+    the gradient at every candidate's output, which one backward pass gives (`lit_edit.editors.prediction`).
+
     Args:
         layers: Candidates; all layers of the model if None.
         neighbours: Layers on either side of the chosen one that are edited as well (the paper: 1); 0 for none.
         steps: Steps of the candidates' optimisation.
         contexts: Number of the workspace's contexts that it uses, the bare prompt first.
         reach: Candidates whose final loss exceeds the lowest by more than this are passed over; None passes over none.
+        tries: Candidates in which a value is optimised, those with the lowest predicted scores. 1 takes the lowest
+            prediction and optimises none; None tries all, as the paper does.
     """
 
     def __init__(
@@ -273,17 +285,50 @@ class ActivationSelection(TriedLayers):
         steps: int = 20,
         contexts: int = 1,
         reach: float | None = 0.25,
+        tries: int | None = None,
     ) -> None:
         super().__init__(layers, steps, reach, neighbours, contexts)
+        if tries is not None and tries < 1:
+            raise ValueError(f"Layer selection tries at least one candidate, or all with null, not {tries}.")
+        self.tries = tries
+
+    def choose(
+        self,
+        workspace: Workspace,
+        requests: Sequence[EditRequest],
+        values: ValueOptimizer,
+        average: KeyAverage,
+        value_average: KeyAverage | None = None,
+    ) -> list[Choice]:
+        """The candidate with the lowest score, tried or predicted, with its neighbours."""
+        if self.tries != 1:
+            return super().choose(workspace, requests, values, average, value_average)
+        predicted = self._predicted(workspace, requests, values, value_average or average)
+        n = len(workspace.architecture)
+        return [Choice(self._around(c, n), c, scores) for scores in predicted for c in _lowest(scores, 1)]
+
+    def shortlist(
+        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+    ) -> list[list[int]]:
+        """All candidates, or those with the lowest predicted scores."""
+        if self.tries is None or self.tries >= len(self._centers(workspace.architecture)):
+            return super().shortlist(workspace, requests, values, average)
+        return [_lowest(scores, self.tries) for scores in self._predicted(workspace, requests, values, average)]
+
+    def _predicted(
+        self, workspace: Workspace, requests: Sequence[EditRequest], values: ValueOptimizer, average: KeyAverage
+    ) -> list[dict[int, float]]:
+        contexts = workspace.contexts[: self.contexts]
+        centers = self._centers(workspace.architecture)
+        return predicted_scores(workspace, requests, values, average, centers, contexts)
 
     def key_averages(self, average: KeyAverage, value_average: KeyAverage | None) -> list[KeyAverage]:
         """The key at which the value's optimisation started."""
         return [value_average or average]
 
     def score(self, site: EditedWeight, keys: Sequence[Tensor], target: Tensor) -> float:
-        """Eq. 22. The spectral norm is computed anew only after the weight was written to."""
-        norm = site.cached("spectral norm", lambda: spectral_norm(site.weight))
-        return selection_score(site.weight.float(), keys[0][:, 0], target, norm)
+        """Eq. 22."""
+        return selection_score(site.weight.float(), keys[0][:, 0], target, known_spectral_norm(site))
 
 
 class WilKE(TriedLayers):
@@ -330,6 +375,11 @@ class WilKE(TriedLayers):
         # The norm of factors needs no dense change; that of a rotation says nothing of the weight's change.
         size = update.norm if isinstance(update, LowRank) else float(update.delta(site.weight).norm())
         return size / site.cached("norm", site.exact.norm)
+
+
+def _lowest(scores: dict[int, float], number: int) -> list[int]:
+    """The layers with the lowest scores, in their order; of equal ones, such as infinite ones, the lower layer."""
+    return sorted(sorted(scores, key=lambda layer: (scores[layer], layer))[:number])
 
 
 def _in_reach(losses: dict[int, float], scores: dict[int, float], reach: float | None) -> list[int]:

@@ -98,6 +98,7 @@ def test_layers_the_model_does_not_have_are_refused(tiny, kind: Any, wrong: int)
         (ActivationSelection, {"contexts": 0}, "contexts >= 1"),
         (ActivationSelection, {"reach": -0.1}, r"cannot be negative \(-0\.1\)"),
         (ActivationSelection, {"layers": []}, "at least one candidate"),
+        (ActivationSelection, {"tries": 0}, "at least one candidate, or all with null, not 0"),
         (WilKE, {"layers": []}, "at least one candidate layer"),
         (WilKE, {"layers": [1], "steps": 0}, "steps, contexts >= 1 .* not 0, None and 0"),
         (WilKE, {"layers": [1], "reach": -1.0}, r"cannot be negative \(-1\.0\)"),
@@ -239,7 +240,7 @@ def test_scores_follow_the_weights_through_edits_and_from_model_to_model(tiny, m
         assert choice.scores[1] == pytest.approx(by_hand(matrix_of(of.model, 1), key, target), rel=1e-4)
         return choice.scores[1]
 
-    monkeypatch.setattr("lit_edit.editors.layers.spectral_norm", counted)
+    monkeypatch.setattr("lit_edit.editors.prediction.spectral_norm", counted)
     workspace, other = prepared(tiny), prepared(tiny)
     first = score(workspace)
     assert score(workspace) == first
