@@ -1,8 +1,9 @@
-"""How often MOSE's layers predicted from one backward pass are those of Eq. 22, and what each way costs.
+"""How often MOSE's predictions from one backward pass are the layers of Eq. 22, and what each way costs.
 
 Along a sequence of MOSE edits of the embedded model, layers by Eq. 22 with a value optimised in every candidate, every
-request is chosen for in three ways on the very same weights, one after the other: Eq. 22 in all candidates, predicted
-alone (`tries: 1`), and Eq. 22 in the two that are predicted first (`tries: 2`). Seconds are medians within the run.
+request is chosen for in several ways on the very same weights, one after the other: Eq. 22 in all candidates, the first
+by prediction (`tries: 1`) from one, two, three or all contexts, and Eq. 22 in the two that are predicted first
+(`tries: 2`). Seconds are medians within the run, keys and spectral norms included.
 
     python benchmarks/layer_selection.py --edits 100 --seed 11
 """
@@ -26,7 +27,15 @@ from lit_edit.editors.prediction import predicted_scores
 from lit_edit.model.loading import load_model
 from lit_edit.session import EditSession, Preparation
 
-WAYS: dict[str, int | None] = {"Eq. 22 in all": None, "predicted": 1, "Eq. 22 in two": 2}
+WAYS: dict[str, tuple[int | None, int]] = {
+    "Eq. 22 in all": (None, 1),
+    "predicted, 1 context": (1, 1),
+    "predicted, 2 contexts": (1, 2),
+    "predicted, 3 contexts": (1, 3),
+    "predicted, all contexts": (1, 1000),
+    "Eq. 22 in two": (2, 1),
+}
+"""By name, how many candidates are tried out, and the contexts."""
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -36,8 +45,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     model, tokenizer = load_model(args.model)
     editor: Any = load_editor("mose")
     policies = {name: copy.copy(editor.layers) for name in WAYS}
-    for name, tries in WAYS.items():
-        policies[name].tries = tries
+    for name, (tries, contexts) in WAYS.items():
+        policies[name].tries, policies[name].contexts = tries, contexts
     editor.layers = policies["Eq. 22 in all"]
     session = EditSession(model, tokenizer, editor, Preparation(corpus_tokens=args.tokens, seed=args.seed))
     space, rows = session.workspace, []

@@ -44,6 +44,18 @@ def test_bench_writes_figures_and_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bench_of_layer_selection(tmp_path: Path) -> None:
+    out = tmp_path / "layers.json"
+    said = run("layer_selection.py", "--edits", "2", "--tokens", "5000", "--out", str(out))
+    rows = json.loads(out.read_text())
+    assert len(rows) == 2
+    for row in rows:
+        assert len(row["centers"]) == len(row["seconds"]) == 6
+        assert (row["place"] == 1) == (row["centers"]["predicted, all contexts"] == row["centers"]["Eq. 22 in all"])
+    assert said.count(" of 2 |") == 6
+
+
+@pytest.mark.slow
 def test_bench_of_a_published_shape(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     asked = ["--only", "large", "--large", "tiny", "--large_edits", "2", "--large_tokens", "2000", "--out", str(out)]

@@ -24,13 +24,14 @@ def predicted_scores(
     values: ValueOptimizer,
     average: KeyAverage,
     layers: Sequence[int],
+    contexts: Sequence[str] | None = None,
 ) -> list[dict[int, float]]:
     """Eq. 22 of MOSE to first order, for every request and layer.
 
     The loss falls along a move of a layer's output by at most the norm of its gradient there, so that ``‖v − W k‖`` is
     about ``(loss − stop_loss) / ‖gradient‖``, which is divided by ``‖W‖₂ ‖k‖₂`` as the rule has it. Of the gradient
     only that part counts along which the values' constraint lets the output move, on a sphere the tangent's. The loss
-    is the one that values start from, in all contexts; its KL term is flat there. A layer from which nothing reaches
+    is the one that values start from; its KL term is flat there. A layer from which nothing reaches
     the answer has no gradient and the score infinity.
 
     Args:
@@ -39,12 +40,13 @@ def predicted_scores(
         values: How the editor will optimise v*: its constraint and the loss that ends it.
         average: Average of the keys at which v* is optimised.
         layers: Layers to score.
+        contexts: Contexts of the loss; all of the workspace's if None.
 
     Returns:
         Scores by layer, an entry per request.
     """
     keys = compute_keys(workspace, requests, layers, average)
-    losses, slopes = output_slopes(workspace, requests, layers, values.rows_at_once(workspace.device))
+    losses, slopes = output_slopes(workspace, requests, layers, values.rows_at_once(workspace.device), contexts)
     found: list[dict[int, float]] = [{} for _ in requests]
     for layer in layers:
         starts = (workspace.architecture[layer].weight.float() @ keys[layer]).T
@@ -60,7 +62,11 @@ def predicted_scores(
 
 
 def output_slopes(
-    workspace: Workspace, requests: Sequence[EditRequest], layers: Sequence[int], rows_at_once: int
+    workspace: Workspace,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    rows_at_once: int,
+    contexts: Sequence[str] | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The loss of every request and its gradient with respect to the MLPs' outputs at the subject's last token.
 
@@ -69,12 +75,13 @@ def output_slopes(
         requests: The batch.
         layers: Layers whose outputs are meant.
         rows_at_once: Texts in a pass, unless a single request has more.
+        contexts: Contexts of the loss; all of the workspace's if None.
 
     Returns:
         The negative log-likelihood of the target, averaged over its tokens and then over contexts, ``(n,)``, and for
         each layer its gradient ``(n, d)``, by a move that all contexts share. In float32.
     """
-    every = [workspace.rewriting_rows(request) for request in requests]
+    every = [workspace.rewriting_rows(request, contexts) for request in requests]
     losses: list[Tensor] = []
     slopes: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     together = max(1, rows_at_once // max(map(len, every)))
