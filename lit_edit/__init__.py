@@ -2,6 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+import lit_edit.threads  # noqa: F401  before torch, whose threads read how to wait when they are loaded
+
+# isort: split
 from lit_edit.api import Session, edit, load_editor
 from lit_edit.evaluation.evaluate import Reference, evaluate
 from lit_edit.model.loading import load_model

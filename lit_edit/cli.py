@@ -55,6 +55,7 @@ from lit_edit.module import CHECKPOINT_KEY, LitEdit
 from lit_edit.program import program
 from lit_edit.runs.interrupts import Interrupted
 from lit_edit.runs.results import ResultsLogger, machine
+from lit_edit.threads import threads_for, threads_line
 from lit_edit.trust import check_classes, enforce, refusal
 
 TRACEBACK = "LIT_EDIT_TRACEBACK"
@@ -289,6 +290,19 @@ class EditCLI(LightningCLI):
         if self.dry:
             dry_run.foresee(self.config[self.subcommand].as_dict(), self.console)
 
+    def instantiate_classes(self) -> None:
+        """Also settles the number of CPU threads, as soon as the model is known."""
+        super().instantiate_classes()
+        if self.trainer.strategy.root_device.type == "cpu":
+            torch.set_num_threads(self._threads())
+
+    def _threads(self) -> int:
+        try:
+            layers = Architecture(self.model.model, self.model.preparation.family).layers
+        except ValueError:  # a model of an unknown kind, which is refused in its own words where it is edited
+            return torch.get_num_threads()
+        return threads_for([layer.weight.numel() for layer in layers], torch.get_num_threads(), os.environ)
+
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.dry:
             try:
@@ -386,6 +400,8 @@ class EditCLI(LightningCLI):
                 "First come the unedited model's answers, contexts and statistics.",
                 flush=True,
             )
+            if self.trainer.strategy.root_device.type == "cpu":
+                print(f"{threads_line(torch.get_num_threads(), os.environ)}", flush=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, ResultsLogger):
                 logger.log_run(

@@ -94,7 +94,9 @@ def test_a_run_by_name_from_another_working_directory(arguments: Command, tmp_pa
     assert [e["case_id"] for e in edits(run)] == ["c0", "c1", "c2"]
 
 
-def test_what_is_written(arguments: Command, tmp_path: Path, capsys: Errors) -> None:
+def test_what_is_written(arguments: Command, tmp_path: Path, capsys: Errors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
     assert main(arguments()) == 0
     run = tmp_path / "memit" / "version_0"
 
@@ -105,7 +107,7 @@ def test_what_is_written(arguments: Command, tmp_path: Path, capsys: Errors) -> 
     assert about["data_path"] == str(tmp_path / "facts.json")
     assert (about["seed"], about["batch_size"], about["device"]) == (0, 1, "cpu")
     assert about["seconds"] > about["seconds_per_edit"]["total"] > about["seconds_per_edit"]["values"] > 0
-    assert about["threads"] == torch.get_num_threads()
+    assert about["threads"] == torch.get_num_threads() == 1
     assert {"torch", "lightning", "transformers", "lit-edit"} <= set(about["versions"])
     assert [r["edits"] for r in results["records"]] == [0, 3]
     for record in results["records"]:
@@ -124,6 +126,7 @@ def test_what_is_written(arguments: Command, tmp_path: Path, capsys: Errors) -> 
     ]
 
     out = capsys.readouterr().out
+    assert "CPU threads: 1, by the size of the model" in out
     table = out[out.index("Results after 3 edits") :]
     row = next(line for line in table.splitlines() if "locality" in line)
     assert row.split()[1] == "1"

@@ -20,6 +20,7 @@ from lit_edit.evaluation.scope import EditedFacts
 from lit_edit.model.edited_weight import EditedWeight, Written
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest, plain
+from lit_edit.threads import few_threads
 
 
 class LocateThenEdit(Editor):
@@ -219,7 +220,7 @@ class LocateThenEdit(Editor):
                 site.forget([n for request in plan.requests for n in workspace.earlier(request)])
             with watch.measure("keys"):
                 keys, targets, value_keys = self._problem(workspace, plan, values, site, mine)
-            with watch.measure("solve"):
+            with watch.measure("solve"), few_threads(min(site.weight.shape)):
                 if self.every_key:
                     update = self.solver.solve(site, *self._in_contexts(workspace, plan, site, mine, targets))
                 else:

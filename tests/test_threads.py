@@ -1,0 +1,76 @@
+"""How many CPU threads a run computes with, and how they wait."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers.models import REPOSITORY
+
+from lit_edit.threads import few_threads, threads_for, threads_line
+
+# Ends where torch would be imported, and says what its threads would be told.
+UNTIL_TORCH = """
+import importlib.abc, os, sys
+class Torch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Torch())
+import {module}
+"""
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("module", ["lit_edit", "lit_edit.cli", "train"])
+@pytest.mark.parametrize(("told", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_passively_unless_the_user_says_otherwise(module: str, told: str | None, policy: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if told is None else {"OMP_WAIT_POLICY": told}
+    command = [sys.executable, "-c", UNTIL_TORCH.format(module=module)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [policy]
+
+
+def test_small_models_take_one_thread_unless_the_user_says_otherwise() -> None:
+    small, large = [320 * 768] * 8, [320 * 768, 1600 * 6400]
+    for available in (1, 2, 16):
+        assert threads_for(small, available, {}) == 1
+        assert threads_for(large, available, {}) == available
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            assert threads_for(small, available, {name: "7"}) == available  # which torch has taken from there
+            assert threads_for(small, available, {name: ""}) == 1
+
+
+def test_what_is_said_names_who_decided() -> None:
+    assert "1, by the size of the model; OMP_NUM_THREADS=2" in threads_line(1, {})
+    assert "8, by the size of the model; OMP_NUM_THREADS=1" in threads_line(8, {})
+    assert threads_line(3, {"OMP_NUM_THREADS": "3"}) == "CPU threads: 3, by OMP_NUM_THREADS."
+    assert threads_line(3, {"MKL_NUM_THREADS": "3"}) == "CPU threads: 3, by MKL_NUM_THREADS."
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_algebra_runs_on_one_thread_and_leaves_the_number_as_it_was() -> None:
+    with few_threads(320):
+        assert torch.get_num_threads() == 1
+        with few_threads(320):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    with few_threads(4096):
+        assert torch.get_num_threads() == 2
+    with pytest.raises(RuntimeError), few_threads(320):
+        raise RuntimeError
+    assert torch.get_num_threads() == 2
