@@ -2,7 +2,7 @@
 
 import sys
 
-from lit_edit.cli import main
+from lit_edit.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
@@ -34,6 +36,18 @@ def count_edits(trainer: Trainer, pl_module: LightningModule) -> int:
     if not isinstance(edits, int) or isinstance(edits, bool):
         raise TypeError(f"{type(pl_module).__name__}.edits_applied should be an int, it is {type(edits).__name__}.")
     return edits
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """Where a callback keeps what it measures; None without a logger, unless the trainer was given a folder.
+
+    Lightning takes the working directory then, where runs would write over one another. To be called on every rank:
+    the folder is broadcast.
+    """
+    folder = trainer.log_dir
+    if folder is None or (not trainer.loggers and Path(folder).resolve() == Path.cwd()):
+        return None
+    return Path(folder)
 
 
 @contextmanager
@@ -69,7 +83,8 @@ class EveryNEdits(Callback, ABC):
     so a run gives the same weights with the callback and without.
 
     The figures go to every logger with the count as step, into ``trainer.callback_metrics`` (where ``ModelCheckpoint``
-    and ``EarlyStopping`` find what they monitor), and are kept in ``latest``.
+    finds what it monitors), and are kept in ``latest``. A Lightning ``EarlyStopping`` that monitors one of them checks
+    it at once: by itself it would only look at the end of an epoch, which for edits is the end of the run.
 
     Args:
         every_n: edits between two measurements, or an ascending list of the counts to measure at.
@@ -191,6 +206,7 @@ class EveryNEdits(Callback, ABC):
         self.latest = figures
         self._last_measured = edits
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in figures.items()})
+        self._let_stop(trainer, figures)
         if not figures or not trainer.is_global_zero:
             return
         # Not `self.log(on_step=True)`: Lightning would repeat a sparse value at every step until the next one, and
@@ -198,3 +214,10 @@ class EveryNEdits(Callback, ABC):
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=edits)
             logger.save()
+
+    @staticmethod
+    def _let_stop(trainer: Trainer, figures: dict[str, float]) -> None:
+        """Has those who wait for one of the figures look at it."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and callback.monitor in figures:
+                callback._run_early_stopping_check(trainer)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lit_edit.runs.card import model_card, write_card
 from lit_edit.runs.journal import Journal
 from lit_edit.runs.results import ResultsLogger
 
@@ -28,7 +30,7 @@ class Exporting(Protocol):
 
 
 class ExportModel(Callback):
-    """Writes the edited model (as `transformers` loads it) and ``edits.jsonl`` when a fit ends.
+    """Writes the edited model (as `transformers` loads it, with a model card) and ``edits.jsonl`` when a fit ends.
 
     Args:
         dirpath: the model's folder; ``model`` in the run's log directory if None.
@@ -52,6 +54,7 @@ class ExportModel(Callback):
         module = cast(Exporting, pl_module)
         if self.model:
             module.export(folder)
+            self._add_card(trainer, module, folder)
         if self.delta:
             module.export_delta(root / "delta.safetensors")
         module.journal.write(root / "edits.jsonl")
@@ -59,3 +62,11 @@ class ExportModel(Callback):
         results = next((logger.path for logger in trainer.loggers if isinstance(logger, ResultsLogger)), None)
         measured = f"   results: {results}" if results is not None else ""
         rank_zero_info(f"{where}edits: {root / 'edits.jsonl'}{measured}")
+
+    @staticmethod
+    def _add_card(trainer: Trainer, module: Any, folder: Path) -> None:
+        records = next((logger.records for logger in trainer.loggers if isinstance(logger, ResultsLogger)), [])
+        edits = [asdict(edit) for edit in module.journal if edit.status == "written"]
+        editor = getattr(module, "editor", None)
+        method = editor.describe() if editor is not None else ""
+        write_card(folder, model_card(getattr(module, "model_name", ""), method, edits, records))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from typing_extensions import override
 from lit_edit.algebra.linalg import singular_values
 from lit_edit.runs.spectra import FILE_NAME, write_spectra
 
+from .every_n import run_folder
 from .watched import Watched
 
 
@@ -184,9 +184,9 @@ class MatrixStability(Watched):
                 tagged[f"stability/{name}/{figure}"] = value
                 by_figure.setdefault(figure, []).append(value)
         self._now = spectra
-        folder = trainer.log_dir  # asked for on every rank: it is broadcast
+        folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
-            write_spectra(Path(folder) / FILE_NAME, self._spectra, spectra)
+            write_spectra(folder / FILE_NAME, self._spectra, spectra)
         # Through tensors, because Python's `max` loses a NaN unless it comes first.
         over_all = {figure: torch.tensor(values, dtype=torch.float64) for figure, values in by_figure.items()}
         tagged["stability/worst_condition_number"] = over_all["condition_number"].max().item()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
 from .every_n import EveryNEdits
@@ -18,8 +20,14 @@ SHORT = {
 }
 
 
+# Eighty columns hold the count, a bar, the times and five figures.
+_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+_IN_BAR = ("rel", "loc", "cond")
+_PREPARING = "{desc}{elapsed}"
+
+
 class EditProgressBar(TQDMProgressBar):
-    """Shows the edit count, p(target) of the latest edits, and the latest figures of the evaluation callbacks.
+    """Shows how many edits are made, p(target) of the latest, and the latest figures of the evaluation callbacks.
 
     Lightning shows what a module logs in its batch-end hook one batch late; this bar asks the module itself. Every
     evaluation also leaves a line above the bar, so that the course of the run can be read afterwards.
@@ -28,9 +36,34 @@ class EditProgressBar(TQDMProgressBar):
     _said: int | None = None
 
     @override
+    def init_train_tqdm(self) -> Tqdm:
+        return Tqdm(
+            desc="asking the unedited model",
+            bar_format=_PREPARING,  # there is nothing to count yet
+            position=2 * self.process_position,
+            disable=self.is_disabled,
+            leave=True,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+        )
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        # After resuming, the time that is left follows from the batches that this process has made.
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        self.train_progress_bar.initial = self.train_progress_bar.n = progress.ready
+        self.train_progress_bar.set_description_str("asking the unedited model: " if not progress.ready else "edits ")
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.train_progress_bar.bar_format == _PREPARING:
+            self.train_progress_bar.bar_format = _FORMAT
+            size = getattr(getattr(trainer, "datamodule", None), "batch_size", 1)
+            self.train_progress_bar.set_description_str("edits" if size == 1 else f"batches of {size}", refresh=False)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         measured = self._measured(trainer)
         edits = max(measured, default=None)
@@ -57,12 +90,9 @@ class EditProgressBar(TQDMProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         items = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
-        edits = getattr(pl_module, "edits_applied", None)
-        if edits is not None:
-            items["edits"] = str(edits)
         last = getattr(pl_module, "last_edits", None)
         if last:
-            items["p(target)"] = f"{sum(e.p_target for e in last) / len(last):.2f}"
+            items["p"] = f"{sum(e.p_target for e in last) / len(last):.2f}"
         latest = {name: value for figures in self._measured(trainer).values() for name, value in figures.items()}
-        items.update({short: f"{latest[short]:.3g}" for short in SHORT.values() if short in latest})
+        items.update({short: f"{latest[short]:.3g}" for short in _IN_BAR if short in latest})
         return items

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, Protocol, cast, get_args
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,7 +17,7 @@ from lit_edit.requests import EditRequest
 from lit_edit.runs.journal import Journal
 from lit_edit.runs.outcomes import FILE_NAME, outcome_record, write_outcomes
 
-from .every_n import EveryNEdits, as_found
+from .every_n import EveryNEdits, as_found, run_folder
 
 
 class Editing(Protocol):
@@ -159,9 +158,9 @@ class Retention(EveryNEdits):
         ]
         if standing:
             self.counts_by_status = Counter(str(record["status"]) for record in records)
-        folder = trainer.log_dir  # asked for on every rank: it is broadcast
+        folder = run_folder(trainer)
         if self.outcomes and trainer.is_global_zero and folder is not None:
-            write_outcomes(Path(folder) / FILE_NAME, records)
+            write_outcomes(folder / FILE_NAME, records)
         at_once = {f"immediate/{name}": sum(values) / len(values) for name, values in self._at_once.items()}
         return figures(found, self.ways) | at_once
 

@@ -124,6 +124,8 @@ class Watched(EveryNEdits, ABC):
         chosen: dict[str, Tensor] = {}
         for pattern in self.parameters or ():
             found = {name: weight for name, weight in available.items() if fnmatchcase(name, pattern)}
+            # A pattern for weights is no mistake because it matches their biases, too.
+            found = {name: weight for name, weight in found.items() if weight.ndim == 2} or found
             if not found:
                 matrices = [name for name, weight in available.items() if weight.ndim == 2]
                 raise ValueError(

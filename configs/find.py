@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lit_edit.spelling import did_you_mean
 
 
 def config_folder() -> Path:
@@ -34,8 +37,10 @@ def find_config(name: str) -> str:
     near = next((p for p in parents if p.is_dir() and p.is_relative_to(folder)), folder)
     known = [str(p.relative_to(folder)) for p in near.glob("*.yaml")]
     known += [f"{p.relative_to(folder)}/" for p in near.iterdir() if any(p.glob("*.yaml"))]
+    meant = did_you_mean(name.removesuffix(".yaml"), [one.removesuffix(".yaml") for one in known])
     raise ValueError(
-        f"There is no configuration {name!r}, neither here nor among those that come along: {', '.join(sorted(known))}."
+        f"There is no configuration {name!r}{meant}, neither here nor among those that come along: "
+        f"{', '.join(sorted(known))}."
     )
 
 
@@ -53,3 +58,48 @@ def read_config(name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a mapping is needed, such as `model:` with its settings below.")
     return content
+
+
+def check_order(names: Sequence[str]) -> None:
+    """Refuses overlays that stand before the method they change, or alone.
+
+    Args:
+        names: The configurations of one run, in order; later ones are laid over earlier ones.
+
+    Raises:
+        ValueError: Naming the right order; and as `read_config`.
+    """
+    methods, changes = [], []
+    for place, name in enumerate(names):
+        editor = (read_config(name).get("model") or {}).get("editor") or {}
+        if "class_path" in editor:
+            methods.append(place)
+        elif editor:
+            changes.append(place)
+    if changes and not methods:
+        alone = names[changes[0]]
+        method = Path(alone).stem
+        known = (config_folder() / f"{method}.yaml").is_file()
+        said = f"--config {method if known else 'memit'}.yaml --config {alone}"
+        raise ValueError(f"{alone} only changes a method's settings: name the method before it, as in {said}.")
+    if changes and changes[0] < methods[0]:
+        early, method = names[changes[0]], names[methods[0]]
+        raise ValueError(
+            f"{early} changes settings of a method and stands before {method}, which would set them all again: "
+            f"--config {method} --config {early}."
+        )
+
+
+def values_of(args: Sequence[str], *options: str) -> list[str]:
+    """The values of an option of a command line, in order.
+
+    Args:
+        args: The command line.
+        options: The names the option has.
+    """
+    found = []
+    for arg, after in zip(args, [*args[1:], None], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in options:
+            found += [value] if equals else [] if after is None else [after]
+    return found

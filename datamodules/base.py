@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from lit_edit.datamodules.files import Located, Record, read_records
+from lit_edit.datamodules.files import Located, Record, plain_name, read_records
 from lit_edit.datamodules.loader import EditBatch, EditLoader
 from lit_edit.datamodules.records import ALL_FORMS, LIST_FIELDS, Form, read_request
 
+from lit_edit.model.loading import EMBEDDED
 from lit_edit.requests import EditRequest, RequestError, refusal
 
 OnBadRecord = Literal["raise", "skip"]
@@ -30,7 +31,8 @@ class EditDataModule(LightningDataModule):
     interrupted in the middle of an epoch goes on with the first batch that was not finished.
 
     Args:
-        path: File, in one of the kinds of `read_records`; ``None`` takes the embedded file of the data set.
+        path: File, in one of the kinds of `read_records`; ``None`` or ``embedded`` takes the embedded file of the
+            data set.
         n_edits: Number of requests to take; ``None`` takes all from ``offset`` on.
         batch_size: Number of requests edited at once; the last batch may be smaller.
         seed: Seed that shuffles the records of the file, before ``offset`` counts; ``None`` keeps their order.
@@ -63,7 +65,7 @@ class EditDataModule(LightningDataModule):
         on_bad_record: OnBadRecord = "raise",
     ) -> None:
         super().__init__()
-        if path is None and self.embedded_file() is None:
+        if path in (None, EMBEDDED) and self.embedded_file() is None:
             raise ValueError(f"{type(self).__name__} needs a path: the file of facts to edit.")
         if n_edits is not None and n_edits < 1:
             raise ValueError(f"n_edits is {n_edits}; it must be at least 1, or null for all.")
@@ -116,14 +118,14 @@ class EditDataModule(LightningDataModule):
         """
         if self._is_set_up:
             return
-        records = self._read_file()
+        records = self._as_spelt(self._read_file())
         self.unused = self._unused(records)
         requests, self.refused = self._read_all(records)
         self.requests = self._select(requests)
         self._is_set_up = True
 
     def _read_file(self) -> list[Located]:
-        if self.path is not None:
+        if self.path is not None and self.path != EMBEDDED:
             return read_records(self._resolve(self.path), LIST_FIELDS)
         name = self.embedded_file()
         if name is None:
@@ -134,6 +136,22 @@ class EditDataModule(LightningDataModule):
     def _resolve(self, path: str) -> str | Path:
         """The file that a path means."""
         return path
+
+    def _as_spelt(self, records: list[Located]) -> list[Located]:
+        """Records whose fields are as they are read: ``Target New`` is ``target_new``, where nothing else is."""
+        found = {str(field) for _, record in records if not isinstance(record, RequestError) for field in record}
+        plain = {field: plain_name(field) for field in found}
+        meant = {field: name for field, name in plain.items() if name in self.fields and name not in found}
+        twice = {name for name in meant.values() if list(meant.values()).count(name) > 1}
+        names = {field: name for field, name in meant.items() if name not in twice}
+        if not names:
+            return records
+        return [
+            (source, record)
+            if isinstance(record, RequestError)
+            else (source, {names.get(str(field), field): value for field, value in record.items()})
+            for source, record in records
+        ]
 
     def _unused(self, records: Sequence[Located]) -> list[str]:
         """The fields of the file that nothing reads, said in a warning."""

@@ -11,7 +11,8 @@ class FactsDataModule(EditDataModule):
     ``target_true`` (or ``ground_truth``), ``rephrase_prompt`` (or ``rephrases``) and ``locality_prompt`` with
     ``locality_ground_truth``, each one text or a list (in CSV: separated by ``" | "``), a ``case_id`` to be known by,
     and a ``relation`` (or ``relation_id``): two facts about one subject in one relation are then known to contradict
-    each other, in whatever words. Other columns are left unused, which a warning says.
+    each other, in whatever words. ``Target New`` or ``Subject`` are the same columns. Others are left unused, which a
+    warning says.
 
     Args:
         path: File, as for `EditDataModule`; it must be given.

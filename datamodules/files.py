@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.requests import RequestError
-from lit_edit.units import size_text
+from lit_edit.units import counted, size_text
 
 Record = Mapping[str, Any]
 Located = tuple[str, Record | RequestError]
@@ -27,6 +27,12 @@ HUB_PREFIX = "hf:"
 _DIGITS, _NESTED = 400, 30  # of a number, and of lists and objects within one another
 _UNPACKED = 4 << 30  # bytes of a file at most
 CELL_SEPARATOR = " | "
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}  # spreadsheet programs write what their language has
+
+
+def plain_name(field: str) -> str:
+    """A field's name as people mean it: ``Target New`` and ``target-new`` are ``target_new``."""
+    return re.sub(r"[\s-]+", "_", field.strip().casefold())
 
 
 def read_records(path: str | Path, list_columns: Collection[str] = ()) -> list[Located]:
@@ -34,9 +40,10 @@ def read_records(path: str | Path, list_columns: Collection[str] = ()) -> list[L
 
     Args:
         path: A ``.json`` file (a list of objects, or an object in which exactly one value is a list), a ``.jsonl``
-            file (one object a line, blank lines ignored), a ``.csv`` file (comma-separated, first line the column
-            names) or a ``.tsv`` file (the same with tabs, quotation marks being ordinary characters), each also with
-            ``.gz`` appended; UTF-8. Or ``hf:owner/name``, ``hf:owner/name:split`` or ``hf:owner/name:config:split``
+            file (one object a line, blank lines ignored), a ``.csv`` file (first line the column names; separated by
+            commas, or by semicolons or tabs if that line is) or a ``.tsv`` file (separated by tabs, quotation marks
+            being ordinary characters), each also with ``.gz`` appended; UTF-8. Or ``hf:owner/name``,
+            ``hf:owner/name:split`` or ``hf:owner/name:config:split``
             for a data set of the Hugging Face hub, or ``hf:folder`` for one that ``Dataset.save_to_disk`` wrote
             (split ``train`` unless named; no code that comes with a data set is ever run).
         list_columns: CSV columns whose cells may hold several texts separated by ``" | "``; such a cell becomes
@@ -213,8 +220,9 @@ def _parse_jsonl(text: str, name: str) -> list[Located]:
 
 def _parse_csv(text: str, name: str, list_columns: Collection[str], tabs: bool = False) -> list[Located]:
     # `strict`: without it an unclosed quotation mark swallows the rest of the file into one cell.
-    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
+    separator = "\t" if tabs else _separator(text)
+    form: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if tabs else {}
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator, **form)
     header: list[str] = []
     records: list[Located] = []
     while True:
@@ -234,10 +242,23 @@ def _parse_csv(text: str, name: str, list_columns: Collection[str], tabs: bool =
         source = f"{name}, line {line}"
         if len(row) != len(header):
             raise RequestError(
-                f"{source}: has {len(row)} cells where the header names {len(header)} columns; "
-                + ("no text may have a tab in it." if tabs else "put a text with a comma in it into quotation marks.")
+                f"{source}: has {counted(len(row), 'cell')} where the header names {counted(len(header), 'column')}; "
+                + (
+                    "no text may have a tab in it."
+                    if tabs
+                    else f"put a text with a {_SEPARATORS[separator]} in it into quotation marks."
+                )
             )
-        records.append((source, {col: _cell(cell, col in list_columns) for col, cell in zip(header, row, strict=True)}))
+        records.append(
+            (source, {col: _cell(cell, plain_name(col) in list_columns) for col, cell in zip(header, row, strict=True)})
+        )
+
+
+def _separator(text: str) -> str:
+    """What stands between the cells: commas, unless the first line has none and is cut by something else."""
+    first = next(line for line in text.splitlines() if line.strip())
+    cells = {mark: len(next(csv.reader([first], delimiter=mark))) for mark in _SEPARATORS}
+    return "," if cells[","] > 1 else max(cells, key=lambda mark: cells[mark])
 
 
 def _check_header(header: list[str], source: str) -> None:

@@ -104,8 +104,8 @@ class Session:
     Example:
         >>> session = Session("embedded", method="rome")
         >>> edits = session.edit({"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"})
-        >>> session.ask("The capital of France is", tokens=1)
-        'Lyon'
+        >>> session.ask("The capital of France is", tokens=4)
+        'Lyon.'
         >>> session.undo(last=1)
         [1]
     """

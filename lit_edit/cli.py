@@ -24,7 +24,6 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from lit_edit.callbacks import (
@@ -44,7 +43,8 @@ from lit_edit.commands import ask, compare, dry_run, export, report, statistics,
 from lit_edit.commands.edited_run import CHECKPOINT, find_run
 from lit_edit.commands.messages import one_line, readable
 from lit_edit.commands.review import review, review_line
-from lit_edit.configs.find import find_config, read_config
+from lit_edit.commands.suitable import check_processes, check_strangers, check_trainer
+from lit_edit.configs.find import check_order, find_config, read_config, values_of
 from lit_edit.datamodules import EditDataModule, FactsDataModule
 from lit_edit.editors import Editor, FailedEditError
 from lit_edit.files import check_checkpoint, load_checkpoint
@@ -52,13 +52,14 @@ from lit_edit.model.families import Architecture
 from lit_edit.model.loading import EMBEDDED
 from lit_edit.model.prompts import check_requests
 from lit_edit.module import CHECKPOINT_KEY, LitEdit
-from lit_edit.program import program
+from lit_edit.program import TRACEBACK, program
+from lit_edit.runs.board import EditBoard
 from lit_edit.runs.interrupts import Interrupted
-from lit_edit.runs.results import ResultsLogger, machine
+from lit_edit.runs.results import ResultsLogger, headlines, machine
 from lit_edit.threads import threads_for, threads_line
 from lit_edit.trust import check_classes, enforce, refusal
+from lit_edit.units import counted
 
-TRACEBACK = "LIT_EDIT_TRACEBACK"
 TRUST = "--trust"
 RESUME = "--resume"
 
@@ -92,6 +93,7 @@ def _resolve(args: Sequence[str], trusted: Sequence[str]) -> tuple[list[str], st
     where it chose a class its settings would go to the configuration's.
     """
     out: list[str] = []
+    check_order(values_of(args, "--config", "-c"))
     first: list[str] = []  # the configurations of the command
     command: int | None = None  # where it ends
     stem: str | None = None
@@ -111,11 +113,11 @@ def _resolve(args: Sequence[str], trusted: Sequence[str]) -> tuple[list[str], st
     for arg in args:
         is_config = takes_value or arg.startswith(("--config=", "-c=")) or arg in ("--config", "-c")
         if takes_value:
-            stem = stem or Path(arg).stem
+            stem = stem or _run_name(Path(arg))
             arg = resolve(arg)
         elif arg.startswith(("--config=", "-c=")):
             option, value = arg.split("=", 1)
-            stem = stem or Path(value).stem
+            stem = stem or _run_name(Path(value))
             arg = f"{option}={resolve(value)}"
         takes_value = not takes_value and arg in ("--config", "-c")
         if is_config and command is not None:
@@ -125,6 +127,12 @@ def _resolve(args: Sequence[str], trusted: Sequence[str]) -> tuple[list[str], st
         if command is None and not is_config and not arg.startswith("-"):
             command = len(out)
     return [*out[:command], *first, *out[command or len(out) :]], stem
+
+
+def _run_name(config: Path) -> str:
+    """What runs of a configuration are called: as it is, or, if it is what a run has saved, as that run."""
+    place = config.resolve().parent
+    return place.parent.name if config.name == "config.yaml" and place.name.startswith("version_") else config.stem
 
 
 def _take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -190,6 +198,8 @@ class EditCLI(LightningCLI):
         args: the arguments; those of the process if None.
     """
 
+    runs = True  # rather than only making what a run needs
+
     def __init__(self, args: ArgsType = None) -> None:
         _quiet()
         self.console = Console(highlight=False)
@@ -197,7 +207,9 @@ class EditCLI(LightningCLI):
         self.trusted, given = _take_trust(given)
         enforce(self.trusted)
         self._made: list[Path] = []
+        self._foreseen: dict[str, Any] = {}
         self.resumed, given = _take_resume(_switch_off(given))
+        self._given = given
         resolved, self.run_name = _resolve(given, self.trusted)
         super().__init__(
             _NamedModel,
@@ -205,6 +217,7 @@ class EditCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={
                 "max_epochs": 1,
@@ -262,6 +275,7 @@ class EditCLI(LightningCLI):
             action="store_true",
             help="say what the facts are to the model, and what memory and time the run needs; edit and write nothing",
         )
+        parser.add_argument("--json", action="store_true", help="with --dry_run: print one JSON object and no tables")
         parser.add_argument(
             TRUST,
             default="",
@@ -286,9 +300,16 @@ class EditCLI(LightningCLI):
         return bool(self._get(self.config, "dry_run"))
 
     def before_instantiate_classes(self) -> None:
-        """In a dry run, the memory: before the model takes it."""
+        """What another model takes over from the embedded one; in a dry run, the memory: before the model takes it."""
+        config = self.config[self.subcommand].as_dict()
+        check_trainer(config["trainer"])
+        if self.runs and (said := check_strangers(config, self._given)):
+            print(said, file=sys.stderr if config["json"] else sys.stdout, flush=True)
         if self.dry:
-            dry_run.foresee(self.config[self.subcommand].as_dict(), self.console)
+            self.console.quiet = bool(config["json"])
+            self._foreseen = dry_run.foresee(config, self.console)
+        elif config["json"]:
+            raise ValueError("--json is for --dry_run; the figures of a run are in its results.json.")
 
     def instantiate_classes(self) -> None:
         """Also settles the number of CPU threads, as soon as the model is known."""
@@ -320,12 +341,17 @@ class EditCLI(LightningCLI):
         Architecture(self.model.model, self.model.preparation.family)
         retention = next((c for c in self.trainer.callbacks if isinstance(c, Retention)), None)  # type: ignore[attr-defined]
         device = self.trainer.strategy.root_device
-        dry_run.rehearse(self.model, self.datamodule, retention, device, self.console)
+        found = dry_run.rehearse(self.model, self.datamodule, retention, device, self.console)
+        if self.console.quiet:
+            print(json.dumps({**self._foreseen, **found}, indent=2, ensure_ascii=False))
 
     def after_fit(self) -> None:
         """Says what can be done with the run, ready to be copied."""
+        self._log_outcome()
         saved = next((c.path for c in self.trainer.callbacks if isinstance(c, EditCheckpoint)), None)  # type: ignore[attr-defined]
         folder = self.trainer.log_dir  # asked for on every rank: it is broadcast
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(f"fast_dev_run: {counted(self.model.edits_applied, 'edit')} made, nothing written.", flush=True)
         if saved is None or not self.trainer.is_global_zero or folder is None:
             return
         run = shlex.quote(str(folder))
@@ -334,28 +360,44 @@ class EditCLI(LightningCLI):
         print(f"Export it:  {program()} export --run {run} --out edited-model")
         print(f"Take back:  {program()} undo --run {run} --last 1", flush=True)
 
+    def _log_outcome(self) -> None:
+        """Settings and last figures of the run, for TensorBoard's HParams tab."""
+        results = next((logger for logger in self.trainer.loggers if isinstance(logger, ResultsLogger)), None)
+        if results is None or not results.records:
+            return
+        names = headlines(results.records)
+        found = {name: record[name] for record in results.records for name in names if record.get(name) is not None}
+        shown = ("name", "method", "model", "data", "n_edits", "batch_size", "seed")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, EditBoard):
+                logger.log_outcome({name: results.run.get(name) for name in shown}, found)
+
     def _say_how_to_go_on(self) -> None:
         saved = next((c.path for c in self.trainer.callbacks if isinstance(c, EditCheckpoint)), None)  # type: ignore[attr-defined]
         if saved is None:
             return
         run = Path(self.trainer.log_dir or saved.parent.parent)
         edits = self.model.edits_applied
-        print(f"{edits} edits are saved. To go on: {program()} fit --resume {shlex.quote(str(run))}", flush=True)
+        print(f"{counted(edits, 'edit')} saved. To go on: {program()} fit --resume {shlex.quote(str(run))}", flush=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """TensorBoard under ``runs/<configuration>`` unless told otherwise; ``results.json`` beside it always.
+        """Every run has its folder ``runs/<configuration>/version_<n>``, whatever else it logs to; TensorBoard if told
+        nothing.
 
         A run resumed from a checkpoint there goes on in the same folder, so that its results stay in one file.
         """
         config = self._get(self.config_init, "trainer", default={})
-        if self.dry:
+        folder = None
+        if not self.runs or self.dry:
             kwargs["logger"] = False
-        elif config.get("logger") in (None, True):
+        elif not config.get("fast_dev_run"):
             folder = self._folder(Path(config.get("default_root_dir") or "runs", self.run_name or "edit"))
-            kwargs["logger"] = TensorBoardLogger(folder.parent.parent, name=folder.parent.name, version=folder.name)
+            if config.get("logger") in (None, True):
+                kwargs["logger"] = EditBoard(folder.parent.parent, name=folder.parent.name, version=folder.name)
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError) as error:
+            check_processes(trainer)
+        except (MisconfigurationException, TypeError, ValueError) as error:
             _take_back(self._made)
             raise ValueError(f"trainer: {one_line(str(error))}") from error
         if _wants_bar(trainer):
@@ -365,10 +407,11 @@ class EditCLI(LightningCLI):
         # The table, then the page: each reads what the others have written when the run ends.
         last = [ResultsTable(), *(c for c in trainer.callbacks if isinstance(c, Report))]  # type: ignore[attr-defined]
         trainer.callbacks = [*(c for c in trainer.callbacks if c not in last), *last]  # type: ignore[attr-defined]
-        if trainer.loggers:
-            folder = Path(trainer.log_dir or "runs")
-            trainer.loggers = [*trainer.loggers, ResultsLogger(folder)]
-            self._made = self._made or _missing(folder)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, _WRITING)]  # type: ignore[attr-defined]
+        if folder is not None:
+            # First, because Lightning takes the first logger's folder for the run's.
+            trainer.loggers = [ResultsLogger(folder), *trainer.loggers]
         return trainer
 
     def _folder(self, runs: Path) -> Path:
@@ -422,8 +465,14 @@ class EditCLI(LightningCLI):
                 )
 
 
+# What leaves something on the disk; `fast_dev_run` does without.
+_WRITING = (EditCheckpoint, EditLog, ExportModel, Report, ResultsTable)
+
+
 class _Unstarted(EditCLI):
     """Everything that a run needs, and no run."""
+
+    runs = False
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -431,7 +480,7 @@ class _Unstarted(EditCLI):
 
 def _ready(args: list[str]) -> tuple[LitEdit, torch.device]:
     """The module that ``fit`` with these arguments would run, and where it would compute."""
-    made = _Unstarted([*args, "--trainer.logger=false"])
+    made = _Unstarted(args)
     return made.model, made.trainer.strategy.root_device
 
 
@@ -440,7 +489,7 @@ def _opened(run: Path) -> LitEdit:
     checkpoint = load_checkpoint(run / CHECKPOINT) if (run / CHECKPOINT).is_file() else None
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint: the run made no edit, or was killed before it saved one.")
-    made = _Unstarted(["fit", "--config", str(run / "config.yaml"), "--trainer.logger=false"])
+    made = _Unstarted(["fit", "--config", str(run / "config.yaml")])
     made.datamodule.setup("fit")
     requests = made.datamodule.requests
     made.model.open(requests, made.trainer.strategy.root_device)
@@ -458,11 +507,23 @@ class _FactsReview(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
+        if isinstance(pl_module, LitEdit) and pl_module.edits_applied and trainer.is_global_zero:
+            print(_resumed(pl_module.edits_applied, len(getattr(data, "requests", []))), flush=True)
         if not (isinstance(pl_module, LitEdit) and isinstance(data, FactsDataModule) and trainer.is_global_zero):
             return
         if not pl_module.edits_applied:
             model: Any = pl_module.model
             print(review_line(review(data.requests, model, pl_module.prompter)), flush=True)
+
+
+def _resumed(made: int, wanted: int) -> str:
+    """Where a resumed run goes on."""
+    if made < wanted:
+        return f"Goes on after {made} of {counted(wanted, 'edit')}."
+    return (
+        f"All {counted(made, 'edit')} of this run are made: what is missing of figures and files follows. With more "
+        f"facts it goes on, --data.n_edits={made + 100}; another run begins without --resume."
+    )
 
 
 def _missing(folder: Path) -> list[Path]:
@@ -529,8 +590,15 @@ class _Without(logging.Filter):
         return not record.getMessage().startswith(self.starts)
 
 
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning for people: what it says, without the line of the source that says it."""
+    return f"warning: {one_line(str(message))}\n"
+
+
 def _quiet() -> None:
     """Leaves out what Lightning says about ordinary training and what does not apply to editing."""
+    if not os.environ.get(TRACEBACK):
+        warnings.formatwarning = _warning
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, starts in _LOGGED.items():
@@ -554,7 +622,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"{str(stop).capitalize()}.", file=sys.stderr)
         return stop.status
-    except (ArgumentError, ValueError, OSError, FailedEditError) as error:
+    except (ArgumentError, ValueError, OSError, FailedEditError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK):
             raise
         denied = re.search(r"Importing '([^']+)' is not allowed", str(error))  # by jsonargparse, before it is imported

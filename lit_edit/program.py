@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+TRACEBACK = "LIT_EDIT_TRACEBACK"
+"""The variable of the environment that lets errors end in a traceback."""
+
+try:
+    __version__ = version("lit-edit")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "unknown"
 
 
 def program() -> str:

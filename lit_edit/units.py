@@ -27,6 +27,11 @@ def parse_size(text: str | int) -> int:
     return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
 
 
+def share_text(share: float) -> str:
+    """A probability for people: ``0.31``, ``0.0042``; ``< 0.0001`` where nobody cares how much less."""
+    return f"{share:.2g}" if share >= 1e-4 else "< 0.0001"
+
+
 def counted(number: int, noun: str) -> str:
     """``1 edit``, ``2 edits``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

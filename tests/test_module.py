@@ -6,14 +6,14 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from helpers.runs import PowerCut, assert_same_weights, data, entries, quick_editor, trainer, write_corpus, write_facts
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lit_edit.callbacks import EditCheckpoint, EditProgressBar, EveryNEdits, MatrixStability, Retention
+from lit_edit.callbacks import EditCheckpoint, EditProgressBar, EveryNEdits, MatrixStability, Retention, progress
 from lit_edit.datamodules import EditLoader, FactsDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -478,12 +478,43 @@ def test_what_the_progress_bar_shows(make: Make, tmp_path: Path, capsys: pytest.
     fitting = trainer(tmp_path, bar, retention, stability, Look(), enable_progress_bar=True)
     fitting.fit(module, datamodule=data(tmp_path, 3))
     shown.append(dict(bar.get_metrics(fitting, module)))
-    assert [m["edits"] for m in shown] == ["0", "1", "2", "3"]
-    assert [m.get("p(target)") for m in shown] == [None, *(f"{e.p_target:.2f}" for e in module.journal)]
+    assert [m.get("p") for m in shown] == [None, *(f"{e.p_target:.2f}" for e in module.journal)]
     assert shown[-1]["rel"] == f"{retention.latest['reliability']:.3g}"
     assert shown[-1]["cond"] == f"{stability.latest['stability/worst_condition_number']:.3g}"
-    assert all({"rel", "gen", "loc", "cond"} <= set(m) for m in shown)
-    assert "edits=3" in capsys.readouterr().out
+    assert all({"rel", "loc", "cond"} <= set(m) for m in shown)
+    said = capsys.readouterr().out
+    assert said.index("asking the unedited model") < said.index("edits 3/3 |")
+    assert "?" not in said.split("edits 3/3", 1)[1].split("\r")[0]
+
+
+def test_the_bar_at_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all its figures there is room for the count, a bar, and the times."""
+    bar = EditProgressBar().init_train_tqdm()
+    bar.bar_format, bar.total, bar.ncols, bar.dynamic_ncols = progress._FORMAT, 1000, 80, None
+    bar.set_description_str("edits", refresh=False)
+    bar.set_postfix({"p": "0.98", "rel": "0.493", "loc": "0.693", "cond": "1.2e+03"}, refresh=False)
+    shown = bar.format_meter(**{**bar.format_dict, "n": 990, "elapsed": 3000, "ncols": 80})
+    bar.close()
+    assert len(shown) <= 80
+    assert shown.startswith("edits 990/1000 |")
+    assert "50:00<00:30" in shown
+    assert shown.endswith("cond=1.2e+03")
+
+
+def test_after_resuming_the_time_that_is_left_follows_from_the_edits_made_since(make: Make, tmp_path: Path) -> None:
+    class Look(EditProgressBar):
+        seen: ClassVar[list[tuple[int, int]]] = []
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().on_train_batch_end(*args)
+            self.seen.append((self.train_progress_bar.initial, self.train_progress_bar.n))
+
+    trainer(tmp_path, EditCheckpoint(str(tmp_path / "kept"), every_n=2), limit_train_batches=2).fit(
+        make(), datamodule=data(tmp_path, 4)
+    )
+    fitting = trainer(tmp_path, Look(), enable_progress_bar=True)
+    fitting.fit(make(), datamodule=data(tmp_path, 4), ckpt_path=str(tmp_path / "kept" / "edits.ckpt"))
+    assert Look.seen == [(2, 3), (2, 4)]
 
 
 # What is refused

@@ -152,7 +152,7 @@ def test_a_callback_is_used_from_the_installed_wheel(wheel: Path, tmp_path: Path
     assert "lit-edit undo --run last --to 100" in called.stdout
     assert "train.py" not in called.stdout
     entry = next(site.glob("lit_edit-*.dist-info")) / "entry_points.txt"
-    assert "lit-edit = lit_edit.cli:main" in entry.read_text(encoding="utf-8")
+    assert "lit-edit = lit_edit.start:main" in entry.read_text(encoding="utf-8")
 
     said = json.loads(done.stdout.strip().splitlines()[-1])
     assert Path(said["lit_edit"]).is_relative_to(site)

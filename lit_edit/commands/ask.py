@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lit_edit.commands.conversation import converse
 from lit_edit.commands.edited_run import EditedRun
 from lit_edit.commands.options import Parser
 from lit_edit.datamodules import FactsDataModule
@@ -25,15 +28,16 @@ from lit_edit.requests import EditRequest, RequestError
 SUMMARY = "Ask the model before and after its edits, and show which facts hold."
 
 _DESCRIPTION = """\
-Asks the original and the edited model the same, greedily, and shows both answers. Prompts are read from standard input,
-one a line, if there are neither prompts nor facts."""
+Asks the original and the edited model the same, greedily, and shows both answers. Without prompts and facts they are
+asked for at the terminal, or read from standard input, one a line."""
 
 _EPILOG = """\
 With --facts every fact of a file is asked and judged as `fit` judges it: it holds if every token of the new answer is
 the most likely one.
 
   python train.py ask --run runs/mose/version_0 "The capital of France is"
-  python train.py ask --run runs/mose/version_0 --facts facts.csv
+  python train.py ask --run runs/mose/version_0 --facts facts.csv --json
+  python train.py ask --run last
   python train.py ask --model edited-model --original embedded < prompts.txt"""
 
 
@@ -100,6 +104,59 @@ def _cell(text: str) -> Text:
     return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
+def as_json(
+    prompts: Sequence[str], facts: Sequence[EditRequest], before: Answers, after: Answers
+) -> dict[str, list[dict[str, Any]]]:
+    """What was asked, and both answers, in the types of JSON."""
+    rows = zip(facts, before.facts, after.facts, before.holds, after.holds, strict=True)
+    return {
+        "prompts": [
+            {"prompt": prompt, "before": one, "after": other}
+            for prompt, one, other in zip(prompts, before.prompts, after.prompts, strict=True)
+        ],
+        "facts": [
+            {
+                **{"case_id": fact.case_id, "prompt": fact.prompt, "subject": fact.subject},
+                **{"target_new": fact.target_new, "before": one, "after": other, "held_before": held, "holds": holds},
+            }
+            for fact, one, other, held, holds in rows
+        ],
+    }
+
+
+def both_of(models: Sequence[tuple[nn.Module, Prompter]], max_new_tokens: int) -> Callable[[str], tuple[str, str]]:
+    """Asks two models for one prompt, as often as need be."""
+
+    def asked(prompt: str) -> tuple[str, str]:
+        before, after = (answer(m, prompter, [prompt], [], max_new_tokens).prompts[0] for m, prompter in models)
+        return before, after
+
+    return asked
+
+
+def both_of_run(edited: EditedRun, device: str, max_new_tokens: int) -> Callable[[str], tuple[str, str]]:
+    """Asks the model before and after a run's edits, of which only the edited weights are in memory twice."""
+    model, tokenizer = edited.load()
+    model.to(device)
+    prompter = Prompter.of(model, tokenizer, edited.chat_template)
+    original = edited.apply(model).originals
+    now = {name: model.get_parameter(name).detach().clone() for name in original}
+
+    def put(weights: Mapping[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            model.get_parameter(name).detach().copy_(weight)
+
+    def asked(prompt: str) -> tuple[str, str]:
+        try:
+            put(original)
+            before = answer(model, prompter, [prompt], [], max_new_tokens).prompts[0]
+        finally:
+            put(now)
+        return before, answer(model, prompter, [prompt], [], max_new_tokens).prompts[0]
+
+    return asked
+
+
 def parser() -> Parser:
     """The options of ``ask``."""
     options = Parser("ask", _DESCRIPTION, _EPILOG)
@@ -127,6 +184,7 @@ def parser() -> Parser:
         "--max_new_tokens", type=int, default=12, help="length of the answers to prompts (default: %(default)s)"
     )
     options.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+    options.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return options
 
 
@@ -165,21 +223,33 @@ def main(args: Sequence[str] | None = None) -> int:
     given = parser().parse_args(list(sys.argv[2:] if args is None else args))
     run = given.run is not None or given.ckpt_path is not None
     if run == (given.model is not None):
-        raise ValueError("ask: which model? Either --run runs/mose/version_0 or --model edited-model.")
+        raise ValueError("ask: which model? Either --run last (or the folder of a run) or --model edited-model.")
     if given.max_new_tokens < 1:
         raise ValueError(f"ask: --max_new_tokens is {given.max_new_tokens}; it must be at least 1.")
     edited = EditedRun.find(given.run, given.ckpt_path, given.original) if run else None
     facts = _facts(given.facts, given.on_bad_record or (edited.on_bad_record if edited else "raise"))
     prompts = [prompt for prompt in given.prompts if prompt.strip()]
-    if not prompts and not facts:
+    talk = not prompts and not facts and sys.stdin.isatty()
+    if not prompts and not facts and not talk:
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts and not facts:
+    if not prompts and not facts and not talk:
         raise ValueError("ask: nothing is asked: give prompts, --facts, or lines on standard input.")
 
     _check_device(given.device)
 
+    console = Console(highlight=False)
+
     def asked(model: nn.Module, prompter: Prompter) -> Answers:
         return answer(model, prompter, prompts, facts, given.max_new_tokens)
+
+    if talk and edited is not None:
+        converse(both_of_run(edited, given.device, given.max_new_tokens), console)
+        return 0
+    if talk:
+        loaded = [load_model(name, given.dtype, given.device) for name in (given.original or EMBEDDED, given.model)]
+        both = [(one.eval(), Prompter.of(one, words, given.chat_template)) for one, words in loaded]
+        converse(both_of(both, given.max_new_tokens), console)
+        return 0
 
     if edited is not None:
         model, tokenizer = edited.load()
@@ -195,7 +265,9 @@ def main(args: Sequence[str] | None = None) -> int:
             answers.append(asked(model.eval(), Prompter.of(model, tokenizer, given.chat_template)))
             del model  # there need not be room for both
         before, after = answers
-    console = Console(highlight=False)
+    if given.json:
+        print(json.dumps(as_json(prompts, facts, before, after), indent=2, ensure_ascii=False))
+        return 0
     if prompts:
         console.print(prompts_table(prompts, before, after))
     if facts:

@@ -29,10 +29,11 @@ from lit_edit.datamodules import EditDataModule
 from lit_edit.editors import Editor
 from lit_edit.evaluation.evaluate import Reference, evaluate
 from lit_edit.model.families import FAMILIES, Family
-from lit_edit.model.loading import DTYPES, EMBEDDED, LoadingError, embedded_path, refuse_quantised
+from lit_edit.model.loading import AUTO, DTYPES, EMBEDDED, LoadingError, dtype_of, embedded_path, refuse_quantised
 from lit_edit.model.prompts import check_requests
 from lit_edit.model.workspace import Workspace
 from lit_edit.module import LitEdit
+from lit_edit.program import program
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
 from lit_edit.statistics import GradientCollector, KeyCollector, Statistics, warn_if_few
@@ -55,12 +56,15 @@ _GROUPS = (
 _RIDGE = 1e-6  # of the mean eigenvalue: makes covariances of a sample invertible, as those of the whole corpus are
 
 
-def foresee(config: Mapping[str, Any], console: Console) -> None:
+def foresee(config: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """Prints the memory that lasts through a run, from its settings and without loading the model.
 
     Args:
         config: Settings of ``fit``: ``model``, ``data`` and ``trainer``.
         console: Where to print.
+
+    Returns:
+        The same in the types of JSON; nothing for a model that loading will say more about.
 
     Raises:
         ValueError: If that does not fit into the memory at hand, or settings or data are wrong.
@@ -72,7 +76,7 @@ def foresee(config: Mapping[str, Any], console: Console) -> None:
     found = skeleton(model["model"], model["dtype"])
     family = Family(**model["family"]) if model.get("family") else None
     if found is None or (family is None and found[0].config.model_type not in FAMILIES):
-        return  # loading the model will say why
+        return {}  # loading the model will say why
     workspace = Workspace.of(*found, family=family, chat_template=bool(model.get("chat_template")))
     check_requests(data.requests, workspace.prompter)
     device = _device(str((config.get("trainer") or {}).get("accelerator") or "auto"))
@@ -95,6 +99,7 @@ def foresee(config: Mapping[str, Any], console: Console) -> None:
             f"{model['model']!r} needs {size_text(total)} for what lasts alone, {size_text(there)} are at hand: take "
             "--model.dtype=bfloat16, fewer layers, or a larger machine."
         )
+    return {"memory_bytes": {**need, "together": total, "at hand": there}}
 
 
 def memory_needed(workspace: Workspace, editor: Editor, edits: int) -> dict[str, int]:
@@ -127,14 +132,14 @@ def memory_needed(workspace: Workspace, editor: Editor, edits: int) -> dict[str,
 def skeleton(name: str, dtype: str) -> tuple[Any, Any] | None:
     """A model whose weights have shapes and dtypes but take no memory, and its tokenizer; None if there is none."""
     where = str(embedded_path("model")) if name == EMBEDDED else str(Path(name).expanduser())
-    if dtype not in DTYPES:
+    if dtype not in (*DTYPES, AUTO):
         return None
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         refuse_quantised(name, config)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(dtype, config), trust_remote_code=False)
     except LoadingError:
         raise
     except (OSError, ValueError, KeyError, ImportError):
@@ -179,7 +184,7 @@ def _lines(path: Path) -> list[str]:
 
 def rehearse(
     module: LitEdit, data: EditDataModule, retention: Retention | None, device: torch.device, console: Console
-) -> None:
+) -> dict[str, Any]:
     """Prints the review of the facts and how long the run would take, by what its first batches take.
 
     Args:
@@ -189,6 +194,9 @@ def rehearse(
         device: Where to compute.
         console: Where to print.
 
+    Returns:
+        The same in the types of JSON.
+
     Raises:
         ValueError: For everything that would end the run before its first edit, and at the first if the corpus has too
             few tokens for the method.
@@ -196,7 +204,8 @@ def rehearse(
     data.setup("fit")
     requests, size = data.requests, data.batch_size
     check_requests(requests, module.prompter)
-    console.print(review_table(review(requests, module.model.to(device), module.prompter)))
+    reviewed = review(requests, module.model.to(device), module.prompter)
+    console.print(review_table(reviewed))
     console.print()
     session, preparing = _prepared(module, requests, size)
     measuring = {} if retention is None else _measured(session, requests, size, retention)
@@ -222,6 +231,67 @@ def rehearse(
         "Nothing was written.",
         highlight=False,
     )
+    advised = advice(preparing, editing, measuring, len(requests), size, retention)
+    for line in advised:
+        console.print(f"Advice: {line}", markup=False)
+    return {
+        "edits": len(requests),
+        "facts": [
+            {
+                **{"case_id": r.request.case_id, "prompt": r.request.prompt, "target_new": r.request.target_new},
+                **{"probability": r.probability, "known": r.known, "same_as": r.repeats},
+                **{"contradicts": list(r.contradicts), "disturbs": list(r.disturbs)},
+            }
+            for r in reviewed
+        ],
+        "seconds": {**preparing, **editing, **measuring, "together": total},
+        "seconds_per_edit": later,
+        "peak_memory_bytes": _peak(device),
+        "advice": advised,
+    }
+
+
+def advice(
+    preparing: Mapping[str, float],
+    editing: Mapping[str, float],
+    measuring: Mapping[str, float],
+    n_edits: int,
+    batch_size: int,
+    retention: Retention | None,
+) -> list[str]:
+    """What would make a run shorter, if something other than editing takes most of it.
+
+    Args:
+        preparing: Seconds until the first edit.
+        editing: Seconds of all edits by stage.
+        measuring: Seconds of evaluations.
+        n_edits: Number of edits.
+        batch_size: Number edited at once.
+        retention: What evaluates along the run.
+    """
+    total = sum(sum(part.values()) for part in (preparing, editing, measuring))
+    found = []
+    asking = measuring.get("retention", 0.0)
+    if retention is not None and asking > total / 2:
+        now = sum(retention.counts(n_edits, batch_size)) + retention.at_start * n_edits
+        rarer = Retention(every_n=n_edits)
+        seldom = asking / now * (sum(rarer.counts(n_edits, batch_size)) + n_edits)
+        if seldom < 0.9 * asking:
+            every = max(n_edits // 2, 1)
+            half = Retention(every_n=every)
+            less = asking / now * (sum(half.counts(n_edits, batch_size)) + n_edits)
+            every, less = (every, less) if less < 0.9 * asking else (n_edits, seldom)
+            found.append(
+                f"evaluation would take {time_text(asking)} of {time_text(total)}: with --retention.every_n={every} it "
+                f"is {time_text(less)}."
+            )
+    collecting = preparing.get("statistics", 0.0)
+    if collecting > max(total / 2, LONG):
+        found.append(
+            f"collecting statistics would take {time_text(collecting)} of {time_text(total)}: `{program()} statistics` "
+            "with the same options does it once for all runs, and goes on if it is cut."
+        )
+    return found
 
 
 def editing_time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lit_edit.model.families import Architecture, Family
 from lit_edit.model.fingerprint import model_fingerprint
 from lit_edit.model.loading import EMBEDDED, load_model
 from lit_edit.module import CHECKPOINT_KEY
+from lit_edit.runs.journal import EDITS_FILE
 from lit_edit.runs.results import ResultsError, read_results
 from lit_edit.runs.updates import FOLDER, UpdateLog
 
@@ -149,6 +151,22 @@ class EditedRun:
             if sites[layer].edited:
                 originals[sites[layer].name] = sites[layer].original_stored
         return Applied(fingerprint, originals, edits)
+
+    def standing(self, at: int | None = None) -> list[dict[str, Any]]:
+        """The edits that are in the weights, of the first ``at``; empty where the run has no journal."""
+        path = self.folder / EDITS_FILE
+        if not path.is_file():
+            return []
+        edits = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [edit for edit in edits[:at] if edit.get("status", "written") == "written"]
+
+    def records(self, edits: int) -> list[dict[str, Any]]:
+        """What was measured, if that ends with as many edits as are in the weights."""
+        try:
+            found = read_results(self.folder).records
+        except (ResultsError, FileNotFoundError):
+            return []
+        return found if found and found[-1]["edits"] == edits else []
 
     def _go_to(self, sites: Mapping[int, EditedWeight], at: int, made: int) -> int:
         """Puts layers to what they were after ``at`` edits, and counts those in the weights."""

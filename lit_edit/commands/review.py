@@ -15,6 +15,7 @@ from torch import nn
 from lit_edit.evaluation.scores import score_targets
 from lit_edit.model.prompts import Prompter
 from lit_edit.requests import EditRequest
+from lit_edit.units import counted, share_text
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def review_line(found: Sequence[Reviewed], most: int = 3) -> str:
     ]
     if len(odd) > most:
         named.append(f"and {len(odd) - most} more, see --dry_run")
-    said = f"{len(found)} facts to write ({_with_probes(found)}): {known} already known, {twice} given twice, "
+    said = (
+        f"{counted(len(found), 'fact')} to write ({_with_probes(found)}): {known} already known, {twice} given twice, "
+    )
     wins = f" (the later edit wins: {'; '.join(named)})" if odd else ""
     said += f"{len(odd)} contradicting an earlier one{wins}"
     if not against:
@@ -141,7 +144,7 @@ def review_table(found: Sequence[Reviewed], most: int = 20) -> Table:
     rows = [*odd, *(r for r in found if r not in odd)][:most]
     left = f" The table shows {len(rows)} of {len(found)}." if len(rows) < len(found) else ""
     table = Table(
-        title=f"{len(found)} facts to write ({_with_probes(found)})",
+        title=f"{counted(len(found), 'fact')} to write ({_with_probes(found)})",
         caption=(
             f"{sum(r.known for r in found)} already known, {sum(r.repeats is not None for r in found)} given twice, "
             f"{sum(bool(r.contradicts) for r in found)} contradicting an earlier one (the later edit wins), "
@@ -162,7 +165,7 @@ def review_table(found: Sequence[Reviewed], most: int = 20) -> Table:
             r.request.prompt,
             r.request.target_new,
             repr(r.edited_token),
-            f"{r.probability:.2g}",
+            share_text(r.probability),
             "; ".join(notes),
         )
     return table

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,11 +14,13 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_edit.commands.options import Parser
+from lit_edit.configs.find import values_of
 from lit_edit.model.loading import on_terminal
 from lit_edit.model.workspace import Workspace
 from lit_edit.module import LitEdit
-from lit_edit.statistics import Collector, GradientCollector, KeyCollector, Statistics
-from lit_edit.units import size_text, time_text
+from lit_edit.statistics import Collector, GradientCollector, KeyCollector, Statistics, cache_folder
+from lit_edit.statistics.kept import Kept, clear, kept
+from lit_edit.units import counted, size_text, time_text
 
 SUMMARY = "Collect key covariances beforehand, in steps that can be interrupted."
 
@@ -42,7 +45,9 @@ Every other option is one of `fit`, see `python train.py fit --help`:
 
   python train.py statistics --config memit.yaml
   python train.py statistics --config memit.yaml --config models/gpt2-xl/memit.yaml --model.corpus_tokens 100000
-  python train.py statistics --layers 4 5 6 --model.model gpt2-xl --gradients"""
+  python train.py statistics --layers 4 5 6 --model.model gpt2-xl --gradients
+  python train.py statistics --list
+  python train.py statistics --clear --older_than 30"""
 
 Ready = Callable[[list[str]], tuple[LitEdit, torch.device]]
 
@@ -54,6 +59,9 @@ def parser() -> Parser:
         "--layers", type=int, nargs="+", metavar="LAYER", help="layers to collect for (default: the editor's)"
     )
     options.add_argument("--gradients", action="store_true", help="the gradient, too, whatever the editor needs")
+    options.add_argument("--list", action="store_true", help="what is kept, and what it was made from")
+    options.add_argument("--clear", action="store_true", help="remove what is kept, or what --older_than DAYS is")
+    options.add_argument("--older_than", type=float, default=0.0, metavar="DAYS", help="with --clear: leave the rest")
     options.add_argument(
         "--batch_size", type=int, metavar="N", help="sequences in a forward pass (default: 16; 4 with a backward pass)"
     )
@@ -84,6 +92,10 @@ def main(args: Sequence[str] | None, ready: Ready) -> int:
         ValueError: For a setting that cannot be used, or statistics that cannot be collected.
     """
     own, others = parser().parse_known_args(list(sys.argv[2:] if args is None else args))
+    if own.list or own.clear:
+        folder = Path(next(iter(values_of(others, "--model.cache_dir")), cache_folder()))
+        print_kept(clear(folder, own.older_than) if own.clear else kept(folder), own.clear, folder)
+        return 0
     if not any(arg.split("=", 1)[0] in ("--config", "-c") for arg in others):
         if own.layers is None:
             raise ValueError("statistics: for which layers? --config memit.yaml, or --layers 4 5 6.")
@@ -132,6 +144,24 @@ def main(args: Sequence[str] | None, ready: Ready) -> int:
         for layer, path in zip(layers, asked.paths.values(), strict=True):
             print(f"layer {layer}: {path}")
     return 0
+
+
+def print_kept(found: Sequence[Kept], gone: bool, folder: Path) -> None:
+    """Prints files of statistics as a table, and their size together."""
+    table = Table("layer", "kind", "corpus", "tokens", "model", "size", "days")
+    for one in found:
+        made = one.header
+        tokens = f"{made.n_tokens:,}" if made is not None and made.n_tokens is not None else "?"
+        about = (
+            ("?", "unreadable", "?", tokens, "?")
+            if made is None
+            else (", ".join(made.layers), made.kind, made.corpus, tokens, made.model[:8])
+        )
+        table.add_row(*about, size_text(one.size), f"{one.days:.0f}")
+    if found:
+        Console(highlight=False).print(table)
+    together = size_text(sum(one.size for one in found))
+    print(f"{counted(len(found), 'file')}, {together}{' removed' if gone else ''}, in {folder}.")
 
 
 def _say(said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def output_slopes(
             return output.index_put(at, output[at] + moves[module][owner].to(output.dtype))
 
         modules = {layer: workspace.architecture[layer].projection for layer in layers}
-        changes = {m: lambda output, m=m, moved=moved: moved(output, m) for m in modules.values()}
+        changes = {module: partial(moved, module=module) for module in modules.values()}
         of, at = (batch.labels >= 0).nonzero(as_tuple=True)
         with (
             torch.enable_grad(),

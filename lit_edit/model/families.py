@@ -58,6 +58,10 @@ FAMILIES: dict[str, Family] = {
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+# What configurations of `transformers` call the number of experts of a block.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
 class UnsupportedModelError(ValueError):
     """The model's family is not described, or its parts are not where its description says."""
 
@@ -478,6 +482,14 @@ def _unknown(model: nn.Module, kind: Any) -> str:
     said = f"Models of type {kind!r} are not described yet; known are {', '.join(sorted(FAMILIES))}. "
     if not isinstance(model, nn.Module) or kind is None:
         return said + "Describe the family in lit_edit/model/families.py (see CONTRIBUTING.md)."
+    config: Any = model.config
+    experts = next((n for name in _EXPERTS if isinstance(n := getattr(config, name, None), int) and n > 1), None)
+    if experts is not None:
+        return (
+            f"A {type(model).__name__} is a mixture of {experts} experts: every token passes through a few of them, so "
+            "a block has no one weight that an edit could be written to. Take a dense model, such as one of "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
     try:
         family = find_family(model)
     except _Ambiguous as error:

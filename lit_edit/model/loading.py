@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-EMBEDDED = "embedded"
+EMBEDDED, AUTO = "embedded", "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZERS = ("tokenizer.*", "*vocab*", "spiece.model", "sentencepiece*", "tekken.json")
 
 
 class LoadingError(ValueError):
@@ -56,32 +57,54 @@ def load_model(
     Args:
         name: ``embedded`` for the model in the package, a folder, or a name on the Hugging Face hub. Code from a
             model's repository is never run.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` is that of the stored weights.
         device: Device to put it on.
 
     Raises:
         LoadingError: if there is no such model, it is no causal language model, or its weights are quantised.
     """
-    if dtype not in DTYPES:
-        raise LoadingError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    if dtype not in (*DTYPES, AUTO):
+        raise LoadingError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, {AUTO}.")
     where = str(embedded_path("model")) if name == EMBEDDED else name
     looks_like_path = name != EMBEDDED and (name.startswith((".", "/", "~")) or Path(name).exists())
     if looks_like_path:
         where = str(Path(name).expanduser())
     if looks_like_path and not (Path(where) / "config.json").is_file():
         raise LoadingError(f"{name}: no model there (a folder with config.json, weights and tokenizer is needed).")
+    if looks_like_path and not any(found for pattern in _TOKENIZERS for found in Path(where).glob(pattern)):
+        raise LoadingError(
+            f"{name}: there is a model, but no tokenizer (tokenizer.json, or the vocabulary it is made of): save it "
+            f"there, AutoTokenizer.from_pretrained(...).save_pretrained({name!r})."
+        )
     try:
         # Before anything that needs a quantisation library: the user would be told to install it, in vain.
-        refuse_quantised(name, AutoConfig.from_pretrained(where, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        refuse_quantised(name, config)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         with transformers_bars(on_terminal() and name != EMBEDDED):  # the embedded model loads at once
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=False)
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype_of(dtype, config), trust_remote_code=False
+            )
     except LoadingError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoadingError(f"The model {name!r} cannot be loaded: {first}") from error
     return model.to(device), tokenizer
+
+
+def dtype_of(name: str, config: Any) -> torch.dtype:
+    """A dtype by its name; ``auto`` is the one that a model's configuration says its weights are stored in.
+
+    Raises:
+        LoadingError: If they are stored in one that cannot be edited.
+    """
+    if name != AUTO:
+        return DTYPES[name]
+    found = getattr(config, "dtype", None) or torch.float32
+    if found not in DTYPES.values():
+        raise LoadingError(f"The model is stored in {found}: name one of {', '.join(DTYPES)} as its dtype.")
+    return found
 
 
 def refuse_quantised(name: str, config: Any) -> None:
@@ -121,6 +144,32 @@ def _bits(method: str, settings: dict[str, Any]) -> int | None:
         return stored.pop() if len(stored) == 1 else None
     said = re.search(r"(?:fp|float|int|mxfp)(\d+)", method)
     return int(said[1]) if said else None
+
+
+def push_model(model: Any, tokenizer: Any, name: str, card: str, private: bool = True) -> None:
+    """Uploads a model to the Hugging Face hub, by `transformers`, with its tokenizer and a model card.
+
+    Args:
+        model: A causal language model of `transformers`.
+        tokenizer: Its tokenizer.
+        name: Of the repository, ``owner/name``; made if need be.
+        card: Its README.
+        private: Whether a new repository is.
+
+    Raises:
+        LoadingError: If that fails.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        model.push_to_hub(name, private=private)
+        tokenizer.push_to_hub(name, private=private)
+        ModelCard(card).push_to_hub(name)
+    except Exception as error:  # of the hub's client, its HTTP library or the disk, without a common base
+        why = " ".join(str(error).split())
+        raise LoadingError(
+            f"{name!r} was not uploaded ({type(error).__name__}: {why}): `hf auth login` gives this machine a token."
+        ) from error
 
 
 def save_model(model: Any, tokenizer: Any, folder: str | Path, max_shard_size: str = "5GB") -> None:

@@ -35,6 +35,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from lit_edit.files import write_json
+from lit_edit.units import counted
 
 FILE_NAME = "results.json"
 
@@ -265,11 +266,13 @@ def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """
     if not records:
         raise ValueError("There is no record to make a table of.")
-    table = Table(title=f"Results after {records[-1]['edits']:,} edits", box=box.SIMPLE_HEAD, title_justify="left")
+    last, first = counted(records[-1]["edits"], "edit"), records[0]["edits"]
+    table = Table(title=f"Results after {last}", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("figure", overflow="fold")
-    for heading in ("before", "after", "95 % interval", "change"):
+    # A run that goes on elsewhere has not seen the model before its first edit.
+    for heading in (f"after {first:,}" if first else "before", "after", "95 % interval", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for key in _headline_keys(records):
+    for key in headlines(records):
         having = [record for record in records if key in record]
         before, after = having[0][key], having[-1][key]
         known = len(having) > 1 and before is not None and after is not None
@@ -279,7 +282,8 @@ def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _headline_keys(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def headlines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The headline figures that some records have, in the order of `HEADLINES`."""
     keys = dict.fromkeys(key for record in records for key in record)
     ordered: dict[str, None] = {}
     for headline in HEADLINES:

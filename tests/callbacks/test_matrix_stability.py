@@ -87,6 +87,7 @@ def test_an_editing_module_says_what_it_edits(editor, make_trainer, edit_loader,
         (["net.0.weight"], {"net.0.weight"}),
         (["*.weight"], {"net.0.weight", "net.3.weight"}),
         (["n*3.w*"], {"net.3.weight"}),
+        (["net.0.*"], {"net.0.weight"}),  # and not its bias
     ],
 )
 def test_patterns(regression, make_trainer, vector_loader, patterns, names):
@@ -106,7 +107,7 @@ def test_frozen_matrices_are_watched_only_by_name(regression, make_trainer, vect
     ("patterns", "message"),
     [
         (["*.down_proj.weight"], r"no parameter of Regression matches '\*\.down_proj\.weight'.*net\.0\.weight, net\.3"),
-        (["net.0.*"], r"'net\.0\.bias' has the shape \(6,\)"),
+        (["net.0.bias"], r"'net\.0\.bias' has the shape \(6,\)"),
     ],
 )
 def test_bad_patterns_stop_the_run_before_it_starts(regression, make_trainer, vector_loader, patterns, message):

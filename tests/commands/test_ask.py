@@ -103,6 +103,39 @@ def test_prompts_come_from_standard_input(
     assert after.startswith("Oslo.")
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_at_a_terminal_prompts_are_asked_for(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal(f"Maria was born in\n\nhelp\n{'so ' * 500}\nMaria was born in\n"))
+    assert main(["ask", "--model", str(folders[1]), "--original", str(folders[0])]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Ctrl-D") == 2  # at the beginning, and when asked for
+    assert said.count("ask> ") == 6
+    assert said.count("  before  ") == said.count("  after   Oslo.") == 2
+    assert "tokens" in said  # of the prompt that is too long, which does not end it
+    monkeypatch.setattr("sys.stdin", Terminal("quit\nMaria was born in\n"))
+    assert main(["ask", "--model", str(folders[1]), "--original", str(folders[0])]) == 0
+    assert "before" not in capsys.readouterr().out.replace("what was asked before", "")
+
+
+def test_answers_as_json(folders: tuple[Path, Path], tmp_path: Path, capsys: Said) -> None:
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps(FACTS), encoding="utf-8")
+    given = ["ask", "Maria was born in", "--model", str(folders[1]), "--original", str(folders[0])]
+    assert main([*given, "--facts", str(file), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (prompt,) = said["prompts"]
+    assert prompt["after"].startswith("Oslo.")
+    assert [(f["case_id"], f["target_new"], f["held_before"], f["holds"]) for f in said["facts"]] == [
+        ("known", "Lyon", False, True), ("not", "Oslo", False, False), ("[b]", "Oslo", False, True),
+    ]  # fmt: skip
+
+
 def test_an_answer_stays_within_the_model_s_length(folders: tuple[Path, Path]) -> None:
     model, tokenizer = load_model(str(folders[0]))
     prompter = Prompter(tokenizer, 12)

@@ -14,11 +14,11 @@ import torch
 from helpers.models import FAMILIES, tiny_model
 from helpers.runs import CORPUS, asked, command_line, data, facts, quick_editor
 from helpers.sites import random_case
-from lit_edit.callbacks import EveryNEdits
+from lit_edit.callbacks import EveryNEdits, Retention
 
 from lit_edit import load_model
 from lit_edit.cli import main
-from lit_edit.commands.dry_run import editing_time, memory_at_hand, memory_needed, skeleton
+from lit_edit.commands.dry_run import advice, editing_time, memory_at_hand, memory_needed, skeleton
 from lit_edit.editors import Editor
 from lit_edit.editors.solvers import MOSE, MOSEKey
 from lit_edit.editors.solvers.mose_key import FOLD_AT
@@ -72,6 +72,37 @@ def test_nothing_is_written_and_everything_is_said(
     ):
         assert words in said
     assert said.index("key covariances") < said.index("4 facts to write") < said.index("would take")
+
+
+def test_the_same_as_json(arguments: Command, capsys: Said) -> None:
+    command = arguments("memit", prompt="The capital of France is", subject="France")
+    assert main([*command, "--dry_run", "--json"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads(said[said.index("{") :])
+    assert said.index("{") == 0
+    assert found["edits"] == 4
+    assert [fact["contradicts"] for fact in found["facts"]] == [[], ["c0"], [], []]
+    assert all(0 <= fact["probability"] <= 1 for fact in found["facts"])
+    parts = {name: value for name, value in found["memory_bytes"].items() if name not in ("together", "at hand")}
+    assert found["memory_bytes"]["together"] == sum(parts.values()) > 0
+    seconds = dict(found["seconds"])
+    assert seconds.pop("together") == pytest.approx(sum(seconds.values()))
+    assert main([*command, "--json"]) == 2
+    assert "--json is for --dry_run" in capsys.readouterr().err
+
+
+def test_advice_names_what_takes_most_of_a_run() -> None:
+    often = Retention(every_n=10)
+    said = advice({}, {"values": 100.0}, {"retention": 900.0}, 100, 1, often)
+    # Asked 100 + (10 + 20 + ... + 100) = 650 times now, 100 + 50 + 100 = 250 times then.
+    assert said == ["evaluation would take 15 min of 17 min: with --retention.every_n=50 it is 5.8 min."]
+    assert advice({}, {"values": 1000.0}, {"retention": 900.0}, 100, 1, often) == []
+    assert (
+        advice({}, {"values": 1.0}, {"retention": 9.0}, 100, 1, Retention(every_n=100)) == []
+    )  # not to be had for less
+    (said_too,) = advice({"statistics": 3600.0}, {"values": 100.0}, {}, 100, 1, None)
+    assert said_too.startswith("collecting statistics would take 60 min of 62 min: `")
+    assert "statistics` with the same options does it once" in said_too
 
 
 def test_a_run_after_a_rehearsal_is_the_run_without_one(arguments: Command, tmp_path: Path, capsys: Said) -> None:

@@ -21,14 +21,17 @@ class Whole:
     ("given", "said"),
     [
         ({"class_path": "Wohle"}, "top: there is no class 'Wohle'"),
-        ({"class_path": "Whole", "init_args": {"nmae": 3}}, f"top: {__name__}.Whole has no option 'nmae'"),
+        (
+            {"class_path": "Whole", "init_args": {"nmae": 3}},
+            f"top: {__name__}.Whole has no option 'nmae' (did you mean name?)",
+        ),
         (
             {"class_path": "Whole", "init_args": {"part": {"class_path": "Part", "init_args": {"size": "big"}}}},
             "top.part.size: expected int, got 'big'",
         ),
         (
             {"class_path": "Whole", "init_args": {"part": {"class_path": "Part", "init_args": {"sizes": 1}}}},
-            f"top.part: {__name__}.Part has no option 'sizes'",
+            f"top.part: {__name__}.Part has no option 'sizes' (did you mean size?)",
         ),
         (
             {"class_path": "Whole", "init_args": {"part": {"class_path": "Part", "init_args": {"kinds": 1}}}},
@@ -47,6 +50,16 @@ def test_the_key_and_the_cause(given: dict[str, object], said: str) -> None:
 
 def test_other_messages_only_become_one_line() -> None:
     assert readable("Layer 4 does\n  not exist.") == one_line("Layer 4 does not   exist.") == "Layer 4 does not exist."
+
+
+def test_names_of_classes_and_keys_that_are_nearly_right() -> None:
+    said = "Parser key \"a\":\n  Problem with given class_path 'x':\n    Expected a dot import path string: Pobre"
+    assert readable(said) == "a: there is no class 'Pobre' (did you mean Probe?)"
+    said = readable("Subcommand 'fit' does not accept option 'retention.every' in it.")
+    assert said == "Subcommand 'fit' does not accept option 'retention.every' (did you mean every_n?) in it."
+    assert readable("unrecognized arguments: --model.dtpe=3").startswith(
+        "There is no option --model.dtpe (did you mean "
+    )
 
 
 def test_nothing_is_lost_that_is_not_understood() -> None:

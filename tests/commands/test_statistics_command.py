@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from helpers.runs import write_corpus, write_facts
 
 from lit_edit.cli import main
 from lit_edit.commands.statistics import condition
+from lit_edit.statistics.kept import kept
 
 Said = pytest.CaptureFixture[str]
 
@@ -38,6 +41,30 @@ def test_fit_finds_what_was_collected(given: list[str], tmp_path: Path, capsys: 
     assert main(fit) == 0
     assert main(["statistics", *own]) == 0
     assert "0 missing" in capsys.readouterr().out
+
+
+def test_what_is_kept_is_listed_and_cleared(given: list[str], tmp_path: Path, capsys: Said) -> None:
+    folder = tmp_path / "kept"
+    place = ["--model.cache_dir", str(folder)]
+    assert main(["statistics", "--list", *place]) == 0
+    assert capsys.readouterr().out.startswith("0 files, 0 B, in ")
+    assert main(["statistics", "--layers", "1", "2", *given]) == 0
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    old, new = sorted(folder.glob("*.safetensors"))
+    os.utime(old, (time.time() - 40 * 86_400,) * 2)
+    capsys.readouterr()
+    assert main(["statistics", "--list", *place]) == 0
+    said = capsys.readouterr().out
+    assert "2 files" in said
+    assert {made.header.layers for made in kept(folder) if made.header} == {
+        ("model.layers.1.mlp.down_proj",), ("model.layers.2.mlp.down_proj",),
+    }  # fmt: skip
+    assert main(["statistics", "--clear", "--older_than", "30", *place]) == 0
+    assert "1 file, " in capsys.readouterr().out
+    assert sorted(folder.iterdir()) == sorted([new, folder / "notes.txt"])
+    new.write_bytes(b"broken")
+    assert main(["statistics", "--clear", *place]) == 0
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_layers_and_gradients_are_collected_whatever_the_editor(given: list[str], tmp_path: Path) -> None:

@@ -47,6 +47,22 @@ def test_csv(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_what_spreadsheet_programs_put_between_cells(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text(f'a{separator}b\nx, y{separator}"1{separator}2"\n', encoding="utf-8")
+    assert read_records(path) == [(f"{path.name}, line 2", {"a": "x, y", "b": f"1{separator}2"})]
+    path.write_text(f"a{separator}b\nx\n", encoding="utf-8")
+    name = "tab" if separator == "\t" else "semicolon"
+    assert error_of(path).endswith(f"2 columns; put a text with a {name} in it into quotation marks.")
+
+
+def test_one_column_is_no_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text("a\nx;y\n", encoding="utf-8")
+    assert read_records(path) == [("f.csv, line 2", {"a": "x;y"})]
+
+
 @pytest.mark.parametrize(("name", "text"), [("f.json", '[{"a": "x"}]'), ("f.jsonl", '{"a": "x"}'), ("f.csv", "a\nx\n")])
 def test_gzip(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / f"{name}.gz"
@@ -81,7 +97,7 @@ def test_gzip(tmp_path: Path, name: str, text: str) -> None:
         (
             "f.csv",
             "a,b\nx,y\nx\n",
-            "f.csv, line 3: has 1 cells where the header names 2 columns; put a text with a comma in it into "
+            "f.csv, line 3: has 1 cell where the header names 2 columns; put a text with a comma in it into "
             "quotation marks.",
         ),
         ("f.csv", 'a,b\nx,"y\n', "f.csv, line 2: is not valid CSV (unexpected end of data)."),

@@ -60,6 +60,32 @@ def test_offset_count_and_seed(facts_file: Callable[[int], str]) -> None:
     assert ids(FactsDataModule(path, seed=1, n_edits=4, offset=5)) == shuffled[5:9]
 
 
+def test_headers_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    head = "Case ID;Prompt;Subject;Target New;Rephrase-Prompt"
+    path.write_text(f"{head}\n7;The capital of {{}} is;Peru;Oslo;Peru has | In Peru, \n", encoding="utf-8")
+    data = FactsDataModule(str(path))
+    assert ids(data) == ["7"]
+    (request,) = data.requests
+    assert (request.subject, request.target_new, data.unused) == ("Peru", "Oslo", [])
+    assert [probe.prompt for probe in request.probes] == ["Peru has", "In Peru,"]
+
+
+def test_a_column_is_not_taken_twice(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text("prompt,Prompt,subject,target_new\n{} is,no,Peru,Oslo\n", encoding="utf-8")
+    data = FactsDataModule(str(path))
+    with pytest.warns(UserWarning, match=r"columns not used: Prompt\."):
+        data.setup("fit")
+    assert data.requests[0].prompt == "Peru is"
+
+
+def test_the_embedded_file_has_a_name() -> None:
+    assert ids(CounterFactDataModule("embedded", n_edits=3)) == ids(CounterFactDataModule(n_edits=3))
+    with pytest.raises(ValueError, match="FactsDataModule needs a path"):
+        FactsDataModule("embedded")
+
+
 def test_default_number_of_edits(facts_file: Callable[[int], str]) -> None:
     path = facts_file(120)
     assert len(ids(EditDataModule(path))) == 100

@@ -38,6 +38,15 @@ def small(kind: str, inner: int) -> Any:
     return model
 
 
+@pytest.mark.parametrize(("kind", "name"), [("mixtral", "num_local_experts"), ("qwen2_moe", "num_experts")])
+def test_a_mixture_of_experts_is_named_for_what_it_is(kind: str, name: str) -> None:
+    config = AutoConfig.for_model(kind, **SIZES, intermediate_size=24, num_key_value_heads=1, **{name: 3})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedModelError, match=r"mixture of 3 experts: every token .* Take a dense model"):
+        Architecture(model)
+
+
 @pytest.mark.parametrize("inner", [24, 16], ids=["oblong", "square"])
 @pytest.mark.parametrize("kind", BY_HAND)
 def test_the_projection_computes_weight_times_input_plus_bias(kind: str, inner: int) -> None:

@@ -36,6 +36,12 @@ def test_a_folder_below_home(tiny_folder: Folder, tmp_path: Path, monkeypatch: p
         load_model("~/models")
 
 
+def test_a_folder_without_a_tokenizer(tiny_folder: Folder, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder("llama"), tmp_path / "mine", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(LoadingError, match=r"mine: there is a model, but no tokenizer .* save it there"):
+        load_model(str(tmp_path / "mine"))
+
+
 def test_what_cannot_be_loaded(tiny_folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(LoadingError, match="dtype 'int8' is not one of float32, bfloat16, float16"):
         load_model(str(tiny_folder("llama")), "int8")
