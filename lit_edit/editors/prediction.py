@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -105,7 +105,9 @@ def output_slopes(
             return output.index_put(at, output[at] + moves[module][owner].to(output.dtype))
 
         modules = {layer: workspace.architecture[layer].projection for layer in layers}
-        changes = {module: partial(moved, module=module) for module in modules.values()}
+        changes: dict[nn.Module, Callable[[Tensor], Tensor]] = {
+            module: partial(moved, module=module) for module in modules.values()
+        }
         of, at = (batch.labels >= 0).nonzero(as_tuple=True)
         with (
             torch.enable_grad(),
