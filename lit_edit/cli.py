@@ -347,7 +347,6 @@ class EditCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says what can be done with the run, ready to be copied."""
-        self._log_outcome()
         saved = next((c.path for c in self.trainer.callbacks if isinstance(c, EditCheckpoint)), None)  # type: ignore[attr-defined]
         folder = self.trainer.log_dir  # asked for on every rank: it is broadcast
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -359,18 +358,6 @@ class EditCLI(LightningCLI):
         print(f"Ask it:     {program()} ask --run {run} {shlex.quote(first)}")
         print(f"Export it:  {program()} export --run {run} --out edited-model")
         print(f"Take back:  {program()} undo --run {run} --last 1", flush=True)
-
-    def _log_outcome(self) -> None:
-        """Settings and last figures of the run, for TensorBoard's HParams tab."""
-        results = next((logger for logger in self.trainer.loggers if isinstance(logger, ResultsLogger)), None)
-        if results is None or not results.records:
-            return
-        names = headlines(results.records)
-        found = {name: record[name] for record in results.records for name in names if record.get(name) is not None}
-        shown = ("name", "method", "model", "data", "n_edits", "batch_size", "seed")
-        for logger in self.trainer.loggers:
-            if isinstance(logger, EditBoard):
-                logger.log_outcome({name: results.run.get(name) for name in shown}, found)
 
     def _say_how_to_go_on(self) -> None:
         saved = next((c.path for c in self.trainer.callbacks if isinstance(c, EditCheckpoint)), None)  # type: ignore[attr-defined]
@@ -403,7 +390,7 @@ class EditCLI(LightningCLI):
         if _wants_bar(trainer):
             trainer.callbacks.insert(0, EditProgressBar())  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, _FactsReview())  # type: ignore[attr-defined]
-        trainer.callbacks.append(StopOnSignal())  # type: ignore[attr-defined]
+        trainer.callbacks += [StopOnSignal(), _Outcome()]  # type: ignore[attr-defined]
         # The table, then the page: each reads what the others have written when the run ends.
         last = [ResultsTable(), *(c for c in trainer.callbacks if isinstance(c, Report))]  # type: ignore[attr-defined]
         trainer.callbacks = [*(c for c in trainer.callbacks if c not in last), *last]  # type: ignore[attr-defined]
@@ -495,6 +482,21 @@ def _opened(run: Path) -> LitEdit:
     made.model.open(requests, made.trainer.strategy.root_device)
     made.model.restore(checkpoint.get(CHECKPOINT_KEY), requests)
     return made.model
+
+
+class _Outcome(Callback):
+    """Puts settings and last figures of a run into TensorBoard's HParams tab."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        results = next((logger for logger in trainer.loggers if isinstance(logger, ResultsLogger)), None)
+        if results is None or not results.records:
+            return
+        names = headlines(results.records)
+        found = {name: record[name] for record in results.records for name in names if record.get(name) is not None}
+        shown = ("name", "method", "model", "data", "n_edits", "batch_size", "seed")
+        for logger in trainer.loggers:
+            if isinstance(logger, EditBoard):
+                logger.log_outcome({name: results.run.get(name) for name in shown}, found)
 
 
 class _FactsReview(Callback):

@@ -85,9 +85,6 @@ def main(args: Sequence[str] | None = None) -> int:
     if said is not None:
         print(said, end="")
         return 0
-    # Before torch is there to read it: threads that wait for one another then sleep instead of spinning, which on busy
-    # cores makes several threads slower than one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lit_edit import cli  # takes seconds
 
     return cli.main(["--help" if arg == "--help.all" else arg for arg in given])
