@@ -284,10 +284,6 @@ class LitEdit(L.LightningModule):
             raise RuntimeError("LitEdit is set up by Trainer.fit; outside it, use lit_edit.edit.")
         return self.session
 
-    def on_train_batch_start(self, batch: list[EditRequest], batch_idx: int) -> int | None:
-        """Ends the run before the next edit where a callback, such as ``EarlyStopping``, has just asked for that."""
-        return -1 if self.trainer.should_stop else None
-
     def training_step(self, batch: list[EditRequest], batch_idx: int) -> None:
         """The gradient half: optimises v* of the batch's requests."""
         self._pending = self._session().plan(batch)
