@@ -34,7 +34,7 @@ bench: $(READY)
 compare: $(READY)
 	$(BIN)/python train.py compare $(ARGS)
 
-# The figure of the README, then the table and figure of docs/RESULTS.md with the same runs and all others: every method,
+# The table and figures of docs/RESULTS.md: every method,
 # on a seed that no setting was chosen on.
 RESULTS := --n_edits 200 --at 25 50 100 200 --seeds 1 --jobs 2 --downstream.n_items=50 --out runs/results
 
@@ -60,7 +60,7 @@ help:
 	@echo 'make test           set up, and run the tests; make test-slow runs the slow ones'
 	@echo 'make lint           ruff and mypy'
 	@echo 'make bench          what an edit costs'
-	@echo 'make results-quick  the table and figure of the README; make results has every method'
+	@echo 'make results-quick  the table and figure of docs/RESULTS.md; make results has every method'
 	@echo 'make card, world    the embedded model: its card, and making it anew'
 	@echo 'make clean          remove .venv and runs'
 
