@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import lit_edit.threads  # noqa: F401  before torch, whose threads read how to wait when they are loaded
@@ -51,6 +52,8 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     place = next((place for place, names in _PLACES.items() if name in names), None)
     if place is None:
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(place), name)
     return value

@@ -125,6 +125,7 @@ def test_the_closest_name_has_upper_case_aside() -> None:
 def test_the_package_loads_nothing_before_it_is_asked() -> None:
     program = (
         "import sys, lit_edit; assert 'torch' not in sys.modules; lit_edit.Session; assert 'torch' in sys.modules; "
+        "lit_edit.statistics.cache_folder; "
         "assert all(hasattr(lit_edit, name) for name in lit_edit.__all__); print(sorted(dir(lit_edit))[:3])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
