@@ -39,7 +39,7 @@ from lit_edit.callbacks import (
     Retention,
     StopOnSignal,
 )
-from lit_edit.commands import ask, compare, dry_run, export, report, statistics, undo
+from lit_edit.commands import ask, compare, dry_run, export, report, single, statistics, undo
 from lit_edit.commands.edited_run import CHECKPOINT, find_run
 from lit_edit.commands.messages import one_line, readable
 from lit_edit.commands.review import review, review_line
@@ -80,6 +80,7 @@ _COMMANDS = {
     "undo": _Command(lambda args: undo.undo(args, _opened), undo.UNDO, "undo --run runs/mose/version_0 --last 3"),
     "replay": _Command(lambda args: undo.replay(args, _opened), undo.REPLAY, "replay --run runs/mose/version_0"),
     "report": _Command(report.main, report.SUMMARY, "report runs/mose/version_0 runs/memit/version_0"),
+    "single": _Command(lambda args: single.main(args, _prepared), single.SUMMARY, "single --config rome.yaml"),
     "statistics": _Command(
         lambda args: statistics.main(args, _ready), statistics.SUMMARY, "statistics --config memit.yaml"
     ),
@@ -469,6 +470,12 @@ def _ready(args: list[str]) -> tuple[LitEdit, torch.device]:
     """The module that ``fit`` with these arguments would run, and where it would compute."""
     made = _Unstarted(args)
     return made.model, made.trainer.strategy.root_device
+
+
+def _prepared(args: list[str]) -> tuple[LitEdit, EditDataModule, torch.device]:
+    """The same with the data."""
+    made = _Unstarted([*args, "--trainer.logger=false"])
+    return made.model, made.datamodule, made.trainer.strategy.root_device
 
 
 def _opened(run: Path) -> LitEdit:

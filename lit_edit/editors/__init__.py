@@ -7,5 +7,17 @@ from lit_edit.editors.locate_then_edit import LocateThenEdit
 from lit_edit.editors.mend.editor import MEND
 from lit_edit.editors.mending import Mending
 from lit_edit.editors.mose_oft import MoseOFT
+from lit_edit.editors.random_change import RandomChange
 
-__all__ = ["MEND", "Editor", "FailedEditError", "FineTune", "Guard", "LocateThenEdit", "Mending", "MoseOFT", "Plan"]
+__all__ = [
+    "MEND",
+    "Editor",
+    "FailedEditError",
+    "FineTune",
+    "Guard",
+    "LocateThenEdit",
+    "Mending",
+    "MoseOFT",
+    "Plan",
+    "RandomChange",
+]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lit_edit.editors.values.constraints import Constraint
 from lit_edit.editors.values.elastic_net import ElasticNet
 from lit_edit.settings import Configured
+
+Rule = Literal["weighted_gradient", "gradient", "magnitude", "random"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +96,12 @@ class EAC(Schedule):
         saliency: False keeps every coordinate, as an ablation; the scores still weigh the net.
         elastic_net: False leaves the net out, as an ablation.
         eps: ``ε``, in the unit of a score, which is that of a loss. The paper gives no number.
+        rule: What anchors are chosen by: ``weighted_gradient`` is the score above; ``gradient`` (``|∇L|``),
+            ``magnitude`` (``|δ|``) and ``random`` are the paper's controls (Fig. 8). The net is weighed by the score
+            in any case. Random coordinates differ from value to value, and are the same for the same value.
 
     Raises:
-        ValueError: for a percentile outside of [0, 100), or weights that `ElasticNet` refuses.
+        ValueError: for a percentile outside of [0, 100), an unknown rule, or weights that `ElasticNet` refuses.
     """
 
     def __init__(
@@ -104,9 +112,13 @@ class EAC(Schedule):
         saliency: bool = True,
         elastic_net: bool = True,
         eps: float = 1e-8,
+        rule: Rule = "weighted_gradient",
     ) -> None:
         if not 0 <= percentile < 100:
             raise ValueError(f"EAC's percentile must be at least 0 and below 100, not {percentile}.")
+        if rule not in get_args(Rule):
+            raise ValueError(f"EAC chooses anchors by {', '.join(get_args(Rule))}, not by {rule!r}.")
+        self.rule = rule
         self.percentile, self.saliency, self.elastic_net = percentile, saliency, elastic_net
         self.net = ElasticNet(l1, l2, eps)
 
@@ -123,7 +135,7 @@ class EAC(Schedule):
         half = max(1, steps // 2)
         first = descend(Stage(half))
         score = (first.mean_gradient * first.change).abs()
-        kept = anchors(score, self.percentile) if self.saliency else None
+        kept = anchors(self._merit(first, score), self.percentile) if self.saliency else None
 
         def net(change: Tensor) -> Tensor:
             return self.net(change, score)
@@ -137,6 +149,18 @@ class EAC(Schedule):
             )
         )
         return replace(second, steps=[a + b for a, b in zip(first.steps, second.steps, strict=True)])
+
+    def _merit(self, found: Descent, score: Tensor) -> Tensor:
+        """What coordinates are chosen by, ``(slots, d)``."""
+        if self.rule == "gradient":
+            return found.mean_gradient.abs()
+        if self.rule == "magnitude":
+            return found.change.abs()
+        if self.rule == "random":
+            rows = [zlib.crc32(row.detach().cpu().contiguous().numpy().tobytes()) for row in found.change.float()]
+            drawn = [torch.rand(score.shape[-1], generator=torch.Generator().manual_seed(row)) for row in rows]
+            return torch.stack(drawn).to(score)
+        return score
 
 
 def anchors(score: Tensor, percentile: float) -> Tensor:

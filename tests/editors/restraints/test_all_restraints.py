@@ -10,7 +10,16 @@ from helpers.sites import case_of, normal
 
 from lit_edit.editors import LocateThenEdit
 from lit_edit.editors.layers import FixedLayers
-from lit_edit.editors.restraints import PRUNE, RECT, OEditPlus, Restraint, UpdateKind
+from lit_edit.editors.restraints import (
+    PRUNE,
+    RECT,
+    OEditPlus,
+    RandomDeletion,
+    RandomSubspace,
+    Restraint,
+    Scaling,
+    UpdateKind,
+)
 from lit_edit.editors.solvers import EMMET, MEMIT, MOSE, ROME, AlphaEdit, MOSEKey, Solver
 from lit_edit.editors.values import ValueOptimizer
 
@@ -20,6 +29,9 @@ RESTRAINTS: dict[str, Callable[[], Restraint]] = {
     "linear prune": lambda: PRUNE(form="linear", every_n=1),
     "prune at the end": lambda: PRUNE(form="linear"),
     "o-edit+": lambda: OEditPlus(1.0, max_directions=3),
+    "scaling": lambda: Scaling(0.5),
+    "random deletion": lambda: RandomDeletion(0.5),
+    "random subspace": lambda: RandomSubspace(1.0, max_directions=4),
 }
 ADDITIVE: list[Solver] = [ROME(), MEMIT(1.0), EMMET(), AlphaEdit(threshold=None, energy=0.5, ridge=0.1)]
 each_restraint = pytest.mark.parametrize("name", RESTRAINTS)

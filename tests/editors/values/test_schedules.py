@@ -126,8 +126,10 @@ def reference(workspace: Workspace, site: str, schedule: EAC, steps: int) -> tup
     score = (torch.stack(slopes).mean(0) * delta.detach()).abs()
     chosen = list(range(len(v0)))
     if schedule.saliency:
-        bound = score.quantile(schedule.percentile / 100)
-        chosen = [i for i in chosen if score[i] >= bound]
+        slope, size = torch.stack(slopes).mean(0).abs(), delta.detach().abs()
+        merit = {"weighted_gradient": score, "gradient": slope, "magnitude": size}[schedule.rule]
+        bound = merit.quantile(schedule.percentile / 100)
+        chosen = [i for i in chosen if merit[i] >= bound]
     free = delta.detach()[chosen].clone().requires_grad_(True)  # only these exist as parameters
     adam = torch.optim.Adam([free], lr=0.1)
     loss = torch.zeros(())
@@ -162,6 +164,28 @@ def test_values_are_those_of_two_plain_loops(family: str, site: str, schedule: E
     assert found.loss[0] == pytest.approx(loss, abs=1e-3)
     torch.testing.assert_close(found.targets[0][1].double(), expected, rtol=0, atol=1e-3)
     assert float((expected - v0).norm()) > 0.1
+
+
+@pytest.mark.parametrize("rule", ["gradient", "magnitude"])
+def test_anchors_by_other_rules_are_those_of_two_plain_loops(rule: Any) -> None:
+    test_values_are_those_of_two_plain_loops("llama", "mlp", EAC(80.0, 1e-5, 1e-2, rule=rule))
+
+
+def test_random_anchors_are_as_many_and_repeat() -> None:
+    workspace = make_workspace(tiny_model("llama"))
+    masks: dict[str, list[Tensor]] = {}
+    for rule in ("random", "random again", "weighted_gradient"):
+        schedule = EAC(80.0, rule=rule.removesuffix(" again"))  # type: ignore[arg-type]
+        found = changes(workspace, "mlp", optimise(workspace, optimizer("mlp", schedule)))
+        masks[rule] = [change != 0 for change in found]
+    assert [int(mask.sum()) for mask in masks["random"]] == [32 - math.ceil(0.8 * 31)] * 6
+    assert all(map(torch.equal, masks["random"], masks["random again"]))
+    assert not any(map(torch.equal, masks["random"], masks["weighted_gradient"]))
+    assert len({tuple(mask.tolist()) for mask in masks["random"]}) == 6
+    with pytest.raises(
+        ValueError, match="chooses anchors by weighted_gradient, gradient, magnitude, random, not by 'best'"
+    ):
+        EAC(rule="best")  # type: ignore[arg-type]
 
 
 @each_family
