@@ -22,7 +22,7 @@ _lit_edit() {{
     *)
       if [[ $COMP_CWORD -eq 1 ]]; then
         COMPREPLY=($(compgen -W "{commands}" -- "$current"))
-      elif [[ $current == -* && " fit statistics compare " == *" ${{COMP_WORDS[1]}} "* ]]; then
+      elif [[ $current == -* && " fit single statistics compare " == *" ${{COMP_WORDS[1]}} "* ]]; then
         COMPREPLY=($(compgen -W "{options}" -- "$current"))
       else
         COMPREPLY=($(compgen -f -- "$current"))

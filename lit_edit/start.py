@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "the edited model as transformers loads it, or what changed as a small file",
     "undo": "take edits of a run back",
     "replay": "make the edited model again from its updates, and compare every step",
+    "single": "write every fact alone into the unedited model: what single edits score",
     "statistics": "collect key covariances beforehand; list and clear what is kept",
     "completion": 'a script for bash or zsh: eval "$(lit-edit completion bash)"',
 }
@@ -116,7 +117,7 @@ def at_once(given: Sequence[str]) -> str | None:
         if "-h" in given or "--help" in given:
             return _FIT.format(program=program())
         check_options(given[1:])
-    if given[0] in ("fit", "statistics"):
+    if given[0] in ("fit", "single", "statistics"):
         check_order(values_of(given, "--config", "-c"))
         # A later file takes the place of an earlier one; whatever is no plain file name, the data module looks at.
         for path in values_of(given, "--data.path", "--data.init_args.path")[-1:]:

@@ -13,6 +13,7 @@ from helpers.runs import command_line
 from lit_edit import LitEdit, load_model
 from lit_edit.cli import EditCLI, main
 from lit_edit.evaluation.evaluate import Reference, evaluate, figures
+from lit_edit.start import at_once
 
 Folder = Callable[[str], Path]
 
@@ -93,6 +94,11 @@ def test_single_edits_are_those_of_fresh_models(
     assert {name: found["figures"][name] for name in expected if "/" not in name} == pytest.approx(
         {name: value for name, value in expected.items() if "/" not in name}
     )
+
+
+def test_single_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert at_once(["single", "--config", "rome.yaml"]) is None
+    assert "  single " in str(at_once(["--help"]))
 
 
 def test_single_needs_a_method(capsys: pytest.CaptureFixture[str]) -> None:
