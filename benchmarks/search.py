@@ -148,7 +148,8 @@ def main() -> None:
     rows = [row for row in rows if (row["edits"], row["seed"]) == (given.edits, given.seed)]
     done = {(row["config"], row["number"]) for row in rows}
     count = len(STEPS) * 3
-    left = [(c, n) for c in given.configs for n in sorted(range(count), key=lambda n: n != OWN) if (c, n) not in done]
+    order = sorted(range(count), key=lambda n: n != OWN)
+    left = [(c, n) for n in order for c in given.configs if (c, n) not in done]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
         tries = [pool.submit(attempt, name, number, given.edits, given.seed) for name, number in left]
