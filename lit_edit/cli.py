@@ -39,7 +39,7 @@ from lit_edit.callbacks import (
     Retention,
     StopOnSignal,
 )
-from lit_edit.commands import ask, compare, dry_run, export, report, single, statistics, undo
+from lit_edit.commands import ask, compare, dry_run, export, locate, report, single, statistics, undo
 from lit_edit.commands.edited_run import CHECKPOINT, find_run
 from lit_edit.commands.messages import one_line, readable
 from lit_edit.commands.review import review, review_line
@@ -79,6 +79,7 @@ _COMMANDS = {
     "ask": _Command(ask.main, ask.SUMMARY, 'ask --run runs/mose/version_0 "The capital of France is"'),
     "undo": _Command(lambda args: undo.undo(args, _opened), undo.UNDO, "undo --run runs/mose/version_0 --last 3"),
     "replay": _Command(lambda args: undo.replay(args, _opened), undo.REPLAY, "replay --run runs/mose/version_0"),
+    "locate": _Command(locate.main, locate.SUMMARY, "locate --model gpt2-xl"),
     "report": _Command(report.main, report.SUMMARY, "report runs/mose/version_0 runs/memit/version_0"),
     "single": _Command(lambda args: single.main(args, _prepared), single.SUMMARY, "single --config rome.yaml"),
     "statistics": _Command(
@@ -644,6 +645,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def _hint(error: BaseException) -> str:
     if isinstance(error, ArgumentError) and "the following arguments are required" in str(error):
         return " (a configuration has them: fit --config mose.yaml)"
+    if "does not exist: the model has layers" in str(error):
+        return f" `{program()} locate --model MODEL` finds where a model can be edited."
     return ""
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "undo": "take edits of a run back",
     "replay": "make the edited model again from its updates, and compare every step",
     "single": "write every fact alone into the unedited model: what single edits score",
+    "locate": "where a model can be edited, and a configuration for it",
     "statistics": "collect key covariances beforehand; list and clear what is kept",
     "completion": 'a script for bash or zsh: eval "$(lit-edit completion bash)"',
 }

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from lit_edit.configs.find import config_folder, find_config, read_config, values_of
 from lit_edit.model.loading import EMBEDDED
+from lit_edit.program import program
 
 _PRECISIONS = (None, 32, "32", "32-true")
 _HALF = {"bf16": "bfloat16", "16": "float16"}
@@ -85,15 +86,16 @@ def check_strangers(config: Mapping[str, Any], args: Sequence[str]) -> str:
     named = tasks.get("tasks") is not None or tasks.get("path") not in (None, EMBEDDED)
     if not named and tasks.get("n_items") != 0:
         taken.append("the tasks of general abilities (--downstream.tasks; --downstream=null leaves them out)")
-    layers = (editor.get("init_args") or {}).get("layers")
+    layers, look = (editor.get("init_args") or {}).get("layers"), ""
     if layers is not None and not names_layers(args):
+        look = f" Layers of its own are found by: {program()} locate --model {name}"
         settings = layers.get("init_args") or {} if isinstance(layers, Mapping) else {"layers": layers}
         found = settings.get("layers")
         taken.append(f"layers {found} (--model.editor.layers.layers)" if found else "the choice of layers")
     if not taken:
         return ""
     listed = ", ".join(taken[:-1]) + (" and " if taken[:-1] else "") + taken[-1]
-    return f"Note: {name!r} takes over what was made for the embedded model: {listed}."
+    return f"Note: {name!r} takes over what was made for the embedded model: {listed}.{look}"
 
 
 def names_layers(args: Sequence[str]) -> bool:

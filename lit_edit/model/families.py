@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 class Family:
     """Paths of one model family, relative to the model and, from ``block`` on, to a block.
 
-    ``transposed`` says that the down-projection's weight is stored (in, out) instead of (out, in).
+    ``transposed`` says that the down-projection's weight is stored (in, out) instead of (out, in). ``attention`` is the
+    module whose output the block adds for its attention; causal tracing alone asks for it, and does without it if None.
     """
 
     blocks: str
     down_projection: str
     transposed: bool = False
+    attention: str | None = field(default=None, compare=False)
 
     @property
     def option(self) -> str:
@@ -36,21 +38,21 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer.h", "mlp.c_proj", transposed=True),
-    "llama": Family("model.layers", "mlp.down_proj"),
-    "mistral": Family("model.layers", "mlp.down_proj"),
-    "qwen2": Family("model.layers", "mlp.down_proj"),
-    "qwen3": Family("model.layers", "mlp.down_proj"),
-    "gemma2": Family("model.layers", "mlp.down_proj"),
-    "gemma3_text": Family("model.layers", "mlp.down_proj"),
-    "gemma3": Family("model.language_model.layers", "mlp.down_proj"),
-    "olmo2": Family("model.layers", "mlp.down_proj"),
-    "phi3": Family("model.layers", "mlp.down_proj"),
-    "phi": Family("model.layers", "mlp.fc2"),
-    "gptj": Family("transformer.h", "mlp.fc_out"),
-    "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h"),
-    "falcon": Family("transformer.h", "mlp.dense_4h_to_h"),
-    "opt": Family("model.decoder.layers", "fc2"),
+    "gpt2": Family("transformer.h", "mlp.c_proj", transposed=True, attention="attn"),
+    "llama": Family("model.layers", "mlp.down_proj", attention="self_attn"),
+    "mistral": Family("model.layers", "mlp.down_proj", attention="self_attn"),
+    "qwen2": Family("model.layers", "mlp.down_proj", attention="self_attn"),
+    "qwen3": Family("model.layers", "mlp.down_proj", attention="self_attn"),
+    "gemma2": Family("model.layers", "mlp.down_proj", attention="self_attn"),
+    "gemma3_text": Family("model.layers", "mlp.down_proj", attention="self_attn"),
+    "gemma3": Family("model.language_model.layers", "mlp.down_proj", attention="self_attn"),
+    "olmo2": Family("model.layers", "mlp.down_proj", attention="self_attn"),
+    "phi3": Family("model.layers", "mlp.down_proj", attention="self_attn"),
+    "phi": Family("model.layers", "mlp.fc2", attention="self_attn"),
+    "gptj": Family("transformer.h", "mlp.fc_out", attention="attn"),
+    "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h", attention="attention"),
+    "falcon": Family("transformer.h", "mlp.dense_4h_to_h", attention="self_attention"),
+    "opt": Family("model.decoder.layers", "fc2", attention="self_attn"),
 }
 
 
@@ -75,6 +77,7 @@ class Layer:
     block: nn.Module
     projection: nn.Module
     transposed: bool
+    attention: nn.Module | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -108,12 +111,14 @@ class Architecture:
         try:
             blocks = list(model.get_submodule(family.blocks))  # type: ignore[call-overload]
             projections = [block.get_submodule(family.down_projection) for block in blocks]
+            path = family.attention
+            attentions = [None if path is None else block.get_submodule(path) for block in blocks]
         except (AttributeError, TypeError) as error:
             raise UnsupportedModelError(
                 f"A {type(model).__name__} of type {kind!r} lacks {family.blocks}.*.{family.down_projection}: {error}. "
                 "Load it as a causal language model (AutoModelForCausalLM)."
             ) from error
-        for index, (block, projection) in enumerate(zip(blocks, projections, strict=True)):
+        for index, (block, projection, attention) in enumerate(zip(blocks, projections, attentions, strict=True)):
             weight = getattr(projection, "weight", None)
             why = _why_not_editable(projection, weight)
             if why:
@@ -121,7 +126,7 @@ class Architecture:
                     f"The down-projection of layer {index} holds no plain floating-point matrix ({why}) and cannot "
                     "be edited: load the model in float32, bfloat16 or float16."
                 )
-            self.layers.append(Layer(index, names[id(weight)], block, projection, family.transposed))
+            self.layers.append(Layer(index, names[id(weight)], block, projection, family.transposed, attention))
         if not self.layers:
             raise UnsupportedModelError(f"{family.blocks} of this {type(model).__name__} holds no blocks to edit.")
         if given:
