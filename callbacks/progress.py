@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, convert_inf
 from typing_extensions import override
 
 from .every_n import EveryNEdits
@@ -20,7 +20,7 @@ SHORT = {
 }
 
 
-# Eighty columns hold the count, a bar, the times and five figures.
+# Eighty columns hold the count, a bar, the times and four figures.
 _FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 _IN_BAR = ("rel", "loc", "cond")
 _PREPARING = "{desc}{elapsed}"
@@ -38,7 +38,7 @@ class EditProgressBar(TQDMProgressBar):
     @override
     def init_train_tqdm(self) -> Tqdm:
         return Tqdm(
-            desc="asking the unedited model",
+            desc="preparing: ",
             bar_format=_PREPARING,  # there is nothing to count yet
             position=2 * self.process_position,
             disable=self.is_disabled,
@@ -50,20 +50,22 @@ class EditProgressBar(TQDMProgressBar):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer)
-        # After resuming, the time that is left follows from the batches that this process has made.
+        # Not Lightning's own, which names the epoch. After resuming, the time that is left follows from the batches
+        # that this process has made.
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        self.train_progress_bar.initial = self.train_progress_bar.n = progress.ready
-        self.train_progress_bar.set_description_str("asking the unedited model: " if not progress.ready else "edits ")
+        bar = self.train_progress_bar
+        bar.reset(convert_inf(self.total_train_batches))
+        bar.initial = bar.n = progress.ready
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.train_progress_bar.bar_format == _PREPARING:
-            self.train_progress_bar.bar_format = _FORMAT
+        bar = self.train_progress_bar
+        if not bar.disable and bar.bar_format == _PREPARING:
+            bar.bar_format = _FORMAT
             size = getattr(getattr(trainer, "datamodule", None), "batch_size", 1)
-            self.train_progress_bar.set_description_str("edits" if size == 1 else f"batches of {size}", refresh=False)
+            bar.set_description_str("edits" if size == 1 else f"batches of {size}", refresh=False)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         measured = self._measured(trainer)
         edits = max(measured, default=None)

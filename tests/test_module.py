@@ -483,7 +483,7 @@ def test_what_the_progress_bar_shows(make: Make, tmp_path: Path, capsys: pytest.
     assert shown[-1]["cond"] == f"{stability.latest['stability/worst_condition_number']:.3g}"
     assert all({"rel", "loc", "cond"} <= set(m) for m in shown)
     said = capsys.readouterr().out
-    assert said.index("asking the unedited model") < said.index("edits 3/3 |")
+    assert said.index("preparing: 00:0") < said.index("edits 3/3 |")
     assert "?" not in said.split("edits 3/3", 1)[1].split("\r")[0]
 
 
@@ -512,7 +512,7 @@ def test_after_resuming_the_time_that_is_left_follows_from_the_edits_made_since(
     trainer(tmp_path, EditCheckpoint(str(tmp_path / "kept"), every_n=2), limit_train_batches=2).fit(
         make(), datamodule=data(tmp_path, 4)
     )
-    fitting = trainer(tmp_path, Look(), enable_progress_bar=True)
+    fitting = trainer(tmp_path, Look(), EditCheckpoint(str(tmp_path / "kept")), enable_progress_bar=True)
     fitting.fit(make(), datamodule=data(tmp_path, 4), ckpt_path=str(tmp_path / "kept" / "edits.ckpt"))
     assert Look.seen == [(2, 3), (2, 4)]
 

@@ -346,7 +346,9 @@ def test_questions_are_counted_as_the_callback_asks_them() -> None:
         callback = Counting(every, start, end)
         module: Any = torch.nn.Linear(1, 1)
         module.edits_applied = 0
-        trainer: Any = SimpleNamespace(n=n, callback_metrics={}, is_global_zero=True, loggers=[], global_step=0)
+        trainer: Any = SimpleNamespace(
+            n=n, callback_metrics={}, is_global_zero=True, loggers=[], global_step=0, callbacks=[]
+        )
         for done in range(0, n, batch):
             module.edits_applied = done
             callback.on_train_batch_start(trainer, module, None, 0)
