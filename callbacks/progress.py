@@ -50,12 +50,8 @@ class EditProgressBar(TQDMProgressBar):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        # Not Lightning's own, which names the epoch. After resuming, the time that is left follows from the batches
-        # that this process has made.
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        bar = self.train_progress_bar
-        bar.reset(convert_inf(self.total_train_batches))
-        bar.initial = bar.n = progress.ready
+        # Not Lightning's own, which names the epoch.
+        self.train_progress_bar.reset(convert_inf(self.total_train_batches))
 
     @override
     def on_train_batch_end(
@@ -64,6 +60,7 @@ class EditProgressBar(TQDMProgressBar):
         bar = self.train_progress_bar
         if not bar.disable and bar.bar_format == _PREPARING:
             bar.bar_format = _FORMAT
+            bar.initial = batch_idx  # after resuming, the time that is left follows from what this process has made
             size = getattr(getattr(trainer, "datamodule", None), "batch_size", 1)
             bar.set_description_str("edits" if size == 1 else f"batches of {size}", refresh=False)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

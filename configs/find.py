@@ -98,7 +98,7 @@ def values_of(args: Sequence[str], *options: str) -> list[str]:
         options: The names the option has.
     """
     found = []
-    for arg, after in zip(args, [*args[1:], None], strict=True):
+    for arg, after in zip(args, [*args, None][1:], strict=True):
         name, equals, value = arg.partition("=")
         if name in options:
             found += [value] if equals else [] if after is None else [after]
