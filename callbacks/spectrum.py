@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lit_edit.algebra.linalg import spectral_norm
 from lit_edit.runs.pictures import Picture
 from lit_edit.runs.report.gather import thinned
 
@@ -19,8 +22,9 @@ _KEPT = ("spectral_norm", "l1_norm")
 class Spectrum(MatrixStability):
     """Draws the singular values of watched matrices before the first edit and after the last.
 
-    Logs ``spectrum/<parameter>/spectral_norm`` and ``.../l1_norm`` (the sum of absolute entries: EAC Fig. 2) at every
-    measurement, writes ``spectra.json``, and at the end a picture for each matrix to ``pictures/`` and TensorBoard.
+    Logs ``spectrum/<parameter>/spectral_norm``, ``.../l1_norm`` (the sum of absolute entries: EAC Fig. 2) and
+    ``.../update_spectral_norm`` (``‖W − W_0‖₂``: PRUNE Table 1, O-Edit Table 2) at every measurement, writes
+    ``spectra.json``, and at the end a picture for each matrix to ``pictures/`` and TensorBoard.
     `MatrixStability`, which `lit-edit fit` always has, logs these norms and more; this one is for runs without it, and
     for the pictures.
 
@@ -41,11 +45,17 @@ class Spectrum(MatrixStability):
     def measure(self, trainer: Trainer, pl_module: LightningModule, edits: int) -> dict[str, float]:
         figures = super().measure(trainer, pl_module, edits)
         parts = {tag: tag.split("/") for tag in figures}
-        return {
+        found = {
             f"spectrum/{part[1]}/{part[2]}": figures[tag]
             for tag, part in parts.items()
             if len(part) == 3 and part[2] in _KEPT
         }
+        for name, weight in self.select(pl_module).items():
+            total = weight.detach().double() - self.start(pl_module, name, weight).double()
+            size = float(total.norm())  # 0 before the first edit; not finite for a model that has diverged
+            moved = spectral_norm(total) if 0 < size < math.inf else size
+            found[f"spectrum/{name}/update_spectral_norm"] = moved
+        return found
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -203,4 +203,7 @@ def test_the_picture_of_spectra_is_what_the_matrices_have(regression, make_train
         assert {f: last[f"spectrum/{name}/{f}"] for f in ("spectral_norm", "l1_norm")} == pytest.approx(
             {f: expected[f] for f in ("spectral_norm", "l1_norm")}
         )
+        moved = float(torch.linalg.matrix_norm((now - start[name]).double(), 2))
+        assert last[f"spectrum/{name}/update_spectral_norm"] == pytest.approx(moved, rel=1e-4)
+        assert read_results(tmp_path).records[0][f"spectrum/{name}/update_spectral_norm"] == 0
     assert [record["edits"] for record in read_results(tmp_path).records] == [0, 5, 8]
