@@ -34,7 +34,7 @@ OVERLAYS = sorted(
 )
 MODELS = sorted(path.stem for path in CONFIGS.glob("models/*.yaml"))
 PRESETS = sorted(path.stem for path in CONFIGS.glob("presets/*"))
-ORTHOGONAL = ("mose", "mose-key", "mose-plus", "mose-oft")
+ORTHOGONAL = ("mose", "mose-key", "mose-paper", "mose-plus", "mose-oft")
 
 
 def content(name: str) -> dict[str, Any]:
@@ -54,6 +54,7 @@ WRITES = {
     "ft-elastic-net": 1,
     "mose-key": 1,  # a rotation brings the key's output to v* in direction, and only as far as its length reaches
     "mose": 1,
+    "mose-paper": 0,  # values of any length, of which a rotation gives the direction alone
     "o-edit-rome": 1,  # away from what was written before, which takes from what is written
 }
 LOCALITY = {"mose-oft": 0.5}  # trained with no regard to anything else

@@ -10,7 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.models import REPOSITORY
+from lit_edit.datamodules import CounterFactDataModule
 
+from lit_edit import load_model
+from lit_edit.editors.prediction import output_slopes
+from lit_edit.model.workspace import Workspace
 from lit_edit.threads import few_threads, threads_for, threads_line
 
 # Ends where torch would be imported, and says what its threads would be told.
@@ -19,7 +23,7 @@ import importlib.abc, os, sys
 class Torch(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("MKL_CBWR"), flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Torch())
 import {module}
@@ -35,13 +39,22 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("module", ["lit_edit", "lit_edit.cli", "train"])
-@pytest.mark.parametrize(("told", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_wait_passively_unless_the_user_says_otherwise(module: str, told: str | None, policy: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {} if told is None else {"OMP_WAIT_POLICY": told}
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, ["PASSIVE", "AUTO,STRICT"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "AUTO,STRICT"]),
+        ({"MKL_CBWR": "AVX2"}, ["PASSIVE", "AVX2"]),
+    ],
+)
+def test_threads_are_told_how_to_wait_and_sum_unless_the_user_has(
+    module: str, told: dict[str, str], expected: list[str]
+) -> None:
+    own = ("OMP_WAIT_POLICY", "MKL_CBWR")
+    environment = {name: value for name, value in os.environ.items() if name not in own} | told
     command = [sys.executable, "-c", UNTIL_TORCH.format(module=module)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [policy]
+    assert done.stdout.split() == expected
 
 
 def test_small_models_take_one_thread_unless_the_user_says_otherwise() -> None:
@@ -74,3 +87,23 @@ def test_small_algebra_runs_on_one_thread_and_leaves_the_number_as_it_was() -> N
     with pytest.raises(RuntimeError), few_threads(320):
         raise RuntimeError
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(
+    not torch.backends.mkl.is_available() or os.environ.get("MKL_CBWR") != "AUTO,STRICT",
+    reason="products round by the number of threads",
+)
+def test_gradients_are_the_same_with_one_thread_and_with_two() -> None:
+    """On the embedded model: products of a tiny one are not shared out."""
+    workspace = Workspace.of(*load_model(), contexts=["{}", "It is said. {}", "In other news. {}"])
+    data = CounterFactDataModule(n_edits=1, seed=5)
+    data.setup("fit")
+    layers = range(len(workspace.architecture))
+    found, before = [], torch.get_num_threads()
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        found.append(output_slopes(workspace, data.requests, layers, 64))
+    torch.set_num_threads(before)
+    (loss, slopes), (other, others) = found
+    assert torch.equal(loss, other)
+    assert all(torch.equal(slopes[layer], others[layer]) for layer in layers)

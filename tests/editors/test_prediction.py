@@ -114,7 +114,7 @@ def test_one_try_takes_what_is_predicted_and_optimises_nothing(tiny, monkeypatch
     workspace, values = make_workspace(tiny), ValueOptimizer()
     predicted = predicted_scores(workspace, MIDDLE, values, BareKey(), LAYERS)
     monkeypatch.setattr(ValueOptimizer, "optimise", lambda *_, **__: pytest.fail("a value was optimised"))
-    policy = ActivationSelection(neighbours=1, tries=1)
+    policy = ActivationSelection(neighbours=1, contexts=9, tries=1)
     for choice, scores in zip(policy.choose(workspace, MIDDLE, values, MeanKey(), BareKey()), predicted, strict=True):
         assert choice.center == min(scores, key=scores.__getitem__)
         assert choice.scores == scores
@@ -125,7 +125,7 @@ def test_two_tries_take_the_better_of_the_two_that_come_first(tiny) -> None:
     workspace = make_workspace(tiny)
     values = ValueOptimizer(constraint=NormMatched(), lr=0.3, lr_unit="relative", stop_loss=0.0)
     settings: dict[str, Any] = {"neighbours": 0, "steps": 4, "contexts": 2, "reach": None}
-    predicted = predicted_scores(workspace, MIDDLE, values, MeanKey(), [0, 1, 2])
+    predicted = predicted_scores(workspace, MIDDLE, values, MeanKey(), [0, 1, 2], workspace.contexts[:2])
     every = ActivationSelection([0, 1, 2], **settings).choose(workspace, MIDDLE, values, MeanKey())
     both = ActivationSelection([0, 1, 2], tries=2, **settings).choose(workspace, MIDDLE, values, MeanKey())
     for choice, full, scores in zip(both, every, predicted, strict=True):
