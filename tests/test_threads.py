@@ -38,7 +38,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("module", ["lit_edit", "lit_edit.cli", "train"])
+@pytest.mark.parametrize("module", ["lit_edit.api", "lit_edit.cli"])
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
