@@ -32,8 +32,8 @@ class UpdateOrthogonality(UpdateSample):
     and the report.
 
     Cost: see `UpdateSample`, and a singular value decomposition of rank ``rank + 4`` of each update that is looked at
-    (8 ms for 320 × 768, 0.15 s for 2,048 × 5,632 on one core). Keeps ``n_updates · d · rank`` numbers per matrix, also in
-    checkpoints.
+    (8 ms for 320 × 768, 0.15 s for 2,048 × 5,632 on one core). Keeps ``n_updates · d · rank`` numbers per matrix, also
+    in checkpoints.
 
     Args:
         parameters: Names or patterns of the matrices, see `Watched`.
