@@ -1,8 +1,8 @@
-"""Configurations by name: a file, or one of those that come with the package."""
+"""Configurations by name: a file, or one of those that come with the package; what they are laid over."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,10 @@ from typing import Any
 import yaml
 
 from lit_edit.spelling import did_you_mean
+
+BASE = "base"
+"""Key of a configuration that is laid over another one: that one's name, or its place from this one's folder."""
+_DEEPEST = 8  # configurations over one another
 
 
 def config_folder() -> Path:
@@ -24,7 +28,7 @@ def find_config(name: str) -> str:
     Those for real models lie in a folder: ``models/llama3-8b/memit``.
 
     Raises:
-        ValueError: if there is neither; the message lists what there is in that folder.
+        ValueError: If there is neither; the message lists what there is in that folder.
     """
     if Path(name).is_file():
         return name
@@ -45,19 +49,57 @@ def find_config(name: str) -> str:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """The content of a configuration.
+    """The content of a configuration, laid over its base where it names one.
 
     Raises:
-        ValueError: if there is none, or it is not a mapping in YAML.
+        ValueError: If there is none, or it is not a mapping in YAML.
     """
-    path = find_config(name)
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a mapping is needed, such as `model:` with its settings below.")
-    return content
+    found: dict[str, Any] = {}
+    for content in _stack(Path(find_config(name))):
+        found = laid_over(found, content)
+    return found
+
+
+def is_overlay(name: str) -> bool:
+    """Whether a configuration is laid over another one."""
+    return len(_stack(Path(find_config(name)))) > 1
+
+
+def laid_over(base: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over others: mappings key by key, everything else as a whole.
+
+    A class other than the base's takes none of its arguments.
+
+    Example:
+        >>> laid_over({"a": {"b": 1, "c": [2]}}, {"a": {"c": [3, 4]}})
+        {'a': {'b': 1, 'c': [3, 4]}}
+    """
+    if content.get("class_path", base.get("class_path")) != base.get("class_path"):
+        return dict(content)
+    found = dict(base)
+    for key, value in content.items():
+        under = found.get(key)
+        found[key] = laid_over(under, value) if isinstance(value, Mapping) and isinstance(under, Mapping) else value
+    return found
+
+
+def _stack(path: Path) -> list[dict[str, Any]]:
+    """The contents of a configuration and its bases, the lowest first."""
+    contents: list[dict[str, Any]] = []
+    while len(contents) < _DEEPEST:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: a mapping is needed, such as `model:` with its settings below.")
+        base = content.pop(BASE, None)
+        contents.insert(0, content)
+        if base is None:
+            return contents
+        beside = path.parent / str(base)
+        path = beside if beside.is_file() else Path(find_config(str(base)))
+    raise ValueError(f"{path}: more than {_DEEPEST} configurations over one another; does one name itself as `{BASE}`?")
 
 
 def check_order(names: Sequence[str]) -> None:

@@ -15,15 +15,17 @@ import yaml
 from helpers.runs import command_line
 from jsonargparse import ArgumentParser, Namespace
 from lit_edit.callbacks import Retention
-from lit_edit.configs.find import find_config
+from lit_edit.configs.find import find_config, laid_over, read_config
 from lit_edit.datamodules import CounterFactDataModule, EditDataModule
 from torch import Tensor
 
 from lit_edit import LitEdit, load_model
 from lit_edit.cli import EditCLI, main
+from lit_edit.commands.options import made
 from lit_edit.editors import Editor
 from lit_edit.evaluation.scores import score_targets
 from lit_edit.model.prompts import Prompter
+from lit_edit.settings import settings_of
 
 Folder = Callable[[str], Path]
 
@@ -38,9 +40,20 @@ ORTHOGONAL = ("mose", "mose-key", "mose-paper", "mose-plus", "mose-oft")
 
 
 def content(name: str) -> dict[str, Any]:
+    return read_config(str(CONFIGS / f"{name}.yaml"))
+
+
+def as_written(name: str) -> dict[str, Any]:
     found = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     assert isinstance(found, dict)
     return found
+
+
+BASED = {
+    name: written["base"]
+    for name in sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+    if "base" in (written := as_written(name))
+}
 
 
 # On the embedded model
@@ -180,10 +193,76 @@ def test_methods_are_put_together_by_yaml(command: Command, name: str) -> None:
 def test_what_does_not_go_together_is_said_in_one_line(
     command: Command, capsys: pytest.CaptureFixture[str], method: str, editor: str, message: str
 ) -> None:
-    assert main(command(method, editor)) == 2
+    given = command(method, editor)
+    capsys.readouterr()  # of writing the model
+    assert main(given) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+# Variants are overlays on their base
+
+
+def test_a_variant_says_only_what_it_has_of_its_own() -> None:
+    """All that an overlay states differs from its base, so that a constant stands in one place."""
+    assert len(BASED) > 40
+    for name, base in BASED.items():
+        place = f"{name.rpartition('/')[0]}/{base}".lstrip("/").removesuffix(".yaml")
+        own = as_written(name)
+        del own["base"]
+        below = dict(flat(content(place)))
+        again = {key for key, value in flat(own) if below.get(key, ...) == value}
+        # A class that takes another's place has its arguments as a whole, and a source of its own is said beside.
+        sources = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+        again = {k for k in again if not re.search(rf"\b{k.rpartition('.')[2]}:.*  # ", sources)}
+        assert {k for k in again if "class_path" not in k and not _replaced(own, k)} == set(), name
+        assert laid_over(content(place), own) == content(name)
+
+
+def _replaced(own: dict[str, Any], name: str) -> bool:
+    """Whether a setting, by dotted name, belongs to a class that the overlay names."""
+    part: Any = own
+    for key in name.split(".")[:-1]:
+        part = part.get(key, part.get("init_args", {}).get(key)) if isinstance(part, dict) else None
+        if isinstance(part, list) or (isinstance(part, dict) and "class_path" in part):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", [name for name in BASED if "/" not in name])
+def test_a_base_and_its_overlay_compose_as_two_configurations_do(name: str) -> None:
+    """As jsonargparse lays one ``--config`` over another, which shares no code with `read_config`."""
+    own = as_written(name)
+    files = []
+    while base := own.pop("base", None):
+        files.insert(0, own)
+        own = as_written(base.removesuffix(".yaml"))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(LitEdit, "model")
+    parser.add_subclass_arguments(EditDataModule, "data")
+    given = [part for written in (own, *files) for part in ("--config", yaml.safe_dump(written))]
+    editor = made(Editor, parser.parse_args(given).as_dict()["model"]["editor"])
+    assert settings_of(editor) == settings_of(composed(name)[1])
+
+
+def test_an_overlay_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "first.yaml").write_text("base: o-edit-rome\nmodel: {editor: {init_args: {contexts: 2}}}")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\ndata: {init_args: {n_edits: 7}}")
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", str(tmp_path / "second.yaml"), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["init_args"]["n_edits"] == 7
+    found = printed["model"]["editor"]["init_args"]
+    assert found["contexts"] == 2
+    assert found["values"]["init_args"]["penalties"][0]["class_path"] == "lit_edit.editors.values.OEdit"
+    (tmp_path / "first.yaml").write_text("base: second.yaml")
+    assert main(["fit", "--config", str(tmp_path / "second.yaml")]) == 2
+    assert "does one name itself as `base`?" in capsys.readouterr().err
+    (tmp_path / "first.yaml").write_text("base: nothing.yaml")
+    assert main(["fit", "--config", str(tmp_path / "second.yaml")]) == 2
+    assert "There is no configuration 'nothing.yaml'" in capsys.readouterr().err
 
 
 # For real models
@@ -196,11 +275,9 @@ def composed(method: str, *overlays: str) -> tuple[dict[str, Any], Editor]:
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(LitEdit, "model")
     parser.add_subclass_arguments(EditDataModule, "data")
-    given = [part for name in (method, *overlays) for part in ("--config", find_config(name))]
+    given = [part for name in (method, *overlays) for part in ("--config", yaml.safe_dump(read_config(name)))]
     settings = parser.parse_args(given).as_dict()["model"]
-    alone = ArgumentParser(exit_on_error=False)
-    alone.add_argument("--editor", type=Editor)
-    return settings, alone.instantiate(alone.parse_object({"editor": settings["editor"]})).editor
+    return settings, made(Editor, settings["editor"])
 
 
 def flat(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -239,7 +316,7 @@ def test_every_value_of_an_overlay_has_its_source_beside_it(overlay: str) -> Non
         assert lines[1].endswith(f"fit --config {overlay.split('/')[2]}.yaml --config {overlay}.yaml")
     for line in lines:
         name, _, value = line.strip().partition(":")
-        if line.startswith("#") or not value or name in ("model", "dtype", "- class_path", "class_path"):
+        if line.startswith("#") or not value or name in ("base", "model", "dtype", "- class_path", "class_path"):
             continue
         assert "  # " in line, line
 
@@ -313,26 +390,6 @@ def lines_of_use(preset: str) -> list[list[str]]:
     return [re.findall(r"--config (\S+)", line) for line in text.splitlines() if line.startswith("# fit ")]
 
 
-# What every preset changes, by dotted name.
-SWITCHES: dict[str, dict[str, Any]] = {
-    "alphaedit-as-printed": {"solver.ridge": 1, "solver.ridge_unit": "absolute"},
-    "eac-no-elastic-net": {"values.schedule.elastic_net": False},
-    "eac-no-saliency": {"values.schedule.saliency": False},
-    "eac-rome-as-released": {"values.schedule.l1": 0},
-    "eac-rome-zsre-llama3-8b": {"values.schedule.percentile": 90},
-    "eac-zsre-gpt2-xl": {"values.schedule.percentile": 80},
-    "emmet-as-released": {"solver.ridge": 0.1},
-    "mose-fixed-layer": {"layers.layers": [3]},
-    "mose-selected-layer": {"layers.neighbours": 0},
-    "mose-selected-and-neighbours": {"layers.neighbours": 1},
-    "prune-log-1.2": {"restraints.alpha": 1.2, "restraints.form": "log", "restraints.every_n": None},
-    "prune-log-e": {"restraints.alpha": math.e, "restraints.form": "log", "restraints.every_n": None},
-    "rect-as-published": {"restraints.keep": 0.2},
-    "rect-as-released": {"restraints.keep": 0.4},
-    "rome-identity": {"solver.covariance": False},
-}
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_changes_what_it_says_and_nothing_else(preset: str) -> None:
     assert lines_of_use(preset)
@@ -340,10 +397,11 @@ def test_a_preset_changes_what_it_says_and_nothing_else(preset: str) -> None:
         assert find_config(last) == find_config(f"presets/{preset}")
         before = dict(flat(composed(others[0], *others[1:])[0]["editor"]))
         after = dict(flat(composed(others[0], *others[1:], last)[0]["editor"]))
-        assert {name: after[name] for name in SWITCHES[preset]} == SWITCHES[preset]
+        said = dict(flat(content(f"presets/{preset}")["model"]["editor"]))
+        assert {name: after[name] for name in said} == said
         part = {"mose-fixed-layer": "layers"}.get(preset, "restraints")  # a part that is put in or exchanged
         changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-        assert {n for n in changed - SWITCHES[preset].keys() if n.split(".")[0] != part} == set()
+        assert {n for n in changed - said.keys() if n.split(".")[0] != part} == set()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -382,12 +440,9 @@ def test_a_model_without_published_constants_composes_with_every_method(model: s
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if "/o-edit" in name])
 def test_o_edit_has_the_constants_of_what_it_stands_on(overlay: str) -> None:
-    """Only the layer and λ are its paper's own (appendix C.2)."""
+    """Only the layer and the weights of its terms are its paper's own (appendix C.2, C.3)."""
     model, method = overlay.split("/")
     base = method.rsplit("-", 1)[1]
     own, its = (dict(flat(composed(name, f"models/{model}/{name}")[0]["editor"])) for name in (method, base))
     differing = {name for name in its if own.get(name) != its[name] and name.split(".")[0] != "restraints"}
     assert differing == {"layers.layers"}
-    part = "restraints" if "plus" in method else "values.penalties"
-    share = {"rome": 2.5, "memit": 2.0 if model == "mistral-7b" else 1.0}[base]
-    assert (own[f"{part}.gradient_share"], own[f"{part}.max_directions"]) == (share, None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lit_edit.configs.find import read_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
@@ -43,7 +44,7 @@ def settings(part: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_card_states_every_setting_of_its_configuration(method: str) -> None:
-    config = yaml.safe_load((REPOSITORY / "configs" / f"{method}.yaml").read_text(encoding="utf-8"))
+    config = read_config(str(REPOSITORY / "configs" / f"{method}.yaml"))
     stated = {}
     for row in rows((REPOSITORY / "docs" / "methods" / f"{method}.md").read_text(encoding="utf-8")):
         name = CELL.fullmatch(row[0])

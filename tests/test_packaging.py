@@ -48,13 +48,14 @@ trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=8, callbacks=[watch]
 torch.manual_seed(0)
 model = Autoencoder()
 trainer.fit(model, DataLoader(torch.randn(64, 6), batch_size=8))
-from lit_edit.configs.find import find_config
+from lit_edit.configs.find import find_config, read_config
 from lit_edit.datamodules import CounterFactDataModule
 facts = CounterFactDataModule(n_edits=5)
 facts.setup("fit")
 print(json.dumps({
     "lit_edit": lit_edit.__file__,
     "config": find_config("mose.yaml"),
+    "overlay": read_config("o-edit-rome.yaml")["model"]["editor"]["class_path"],
     "requests": len(facts.requests),
     "latest": watch.latest,
     "norm": torch.linalg.matrix_norm(model.net[0].weight.double()).item(),
@@ -157,6 +158,7 @@ def test_a_callback_is_used_from_the_installed_wheel(wheel: Path, tmp_path: Path
     said = json.loads(done.stdout.strip().splitlines()[-1])
     assert Path(said["lit_edit"]).is_relative_to(site)
     assert Path(said["config"]).is_relative_to(site)
+    assert said["overlay"] == "lit_edit.editors.LocateThenEdit"
     assert said["requests"] == 5
     assert said["latest"]["stability/net.0.weight/frobenius_norm"] == pytest.approx(said["norm"], rel=1e-6)
     assert said["latest"]["stability/net.2.weight/condition_number"] >= 1
