@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ from lit_edit.callbacks import (
 from lit_edit.commands import ask, compare, dry_run, export, locate, report, single, statistics, undo
 from lit_edit.commands.edited_run import CHECKPOINT, find_run
 from lit_edit.commands.messages import one_line, readable
+from lit_edit.commands.options import call, made, summary
 from lit_edit.commands.review import review, review_line
 from lit_edit.commands.suitable import check_processes, check_strangers, check_trainer
-from lit_edit.configs.find import check_order, find_config, read_config, values_of
+from lit_edit.configs.find import check_order, find_config, is_overlay, read_config, values_of
 from lit_edit.datamodules import EditDataModule, FactsDataModule
 from lit_edit.editors import Editor, FailedEditError
 from lit_edit.files import check_checkpoint, load_checkpoint
@@ -74,13 +76,29 @@ class _Command:
 
 
 _COMMANDS = {
-    "compare": _Command(compare.main, compare.SUMMARY, "compare --configs mose rome"),
+    "compare": _Command(
+        lambda args: call(partial(compare.compare, check=_check), "compare", args, compare.EXAMPLES),
+        summary(compare.compare),
+        "compare --configs mose rome",
+    ),
     "export": _Command(export.main, export.SUMMARY, "export --run runs/mose/version_0 --out edited-model"),
     "ask": _Command(ask.main, ask.SUMMARY, 'ask --run runs/mose/version_0 "The capital of France is"'),
-    "undo": _Command(lambda args: undo.undo(args, _opened), undo.UNDO, "undo --run runs/mose/version_0 --last 3"),
-    "replay": _Command(lambda args: undo.replay(args, _opened), undo.REPLAY, "replay --run runs/mose/version_0"),
+    "undo": _Command(
+        lambda args: call(partial(undo.undo, open_run=_opened), "undo", args, undo.UNDO_EXAMPLES),
+        summary(undo.undo),
+        "undo --run runs/mose/version_0 --last 3",
+    ),
+    "replay": _Command(
+        lambda args: call(partial(undo.replay, open_run=_opened), "replay", args, undo.REPLAY_EXAMPLES),
+        summary(undo.replay),
+        "replay --run runs/mose/version_0",
+    ),
     "locate": _Command(locate.main, locate.SUMMARY, "locate --model gpt2-xl"),
-    "report": _Command(report.main, report.SUMMARY, "report runs/mose/version_0 runs/memit/version_0"),
+    "report": _Command(
+        lambda args: call(report.report, "report", args, report.EXAMPLES),
+        summary(report.report),
+        "report runs/mose/version_0 runs/memit/version_0",
+    ),
     "single": _Command(lambda args: single.main(args, _prepared), single.SUMMARY, "single --config rome.yaml"),
     "statistics": _Command(
         lambda args: statistics.main(args, _ready), statistics.SUMMARY, "statistics --config memit.yaml"
@@ -107,7 +125,7 @@ def _resolve(args: Sequence[str], trusted: Sequence[str]) -> tuple[list[str], st
             raise ValueError(f"{name} sets `trust`, which only the command line can: {TRUST}={content['trust']}.")
         check_classes(content, trusted, name)
         switched_off = [group for group in _OFF if group in content and content[group] is None]
-        if not switched_off:
+        if not switched_off and not is_overlay(name):
             return find_config(name)
         return json.dumps({**content, **{group: _OFF[group] for group in switched_off}})
 
@@ -465,6 +483,24 @@ class _Unstarted(EditCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+class _Parsed(_Unstarted):
+    """The settings of a run, and nothing made of them."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def _check(args: list[str]) -> None:
+    """Refuses arguments of ``fit`` that would end its run before the first edit; loads no model."""
+    try:
+        settings = _Parsed(args).config["fit"].as_dict()
+    except ArgumentError as error:
+        raise ValueError(readable(str(error))) from error
+    made(Editor, settings["model"]["editor"])
+    if settings["data"] is not None:
+        made(EditDataModule, settings["data"]).setup("fit")
 
 
 def _ready(args: list[str]) -> tuple[LitEdit, torch.device]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -22,11 +23,13 @@ from helpers.runs import write_corpus, write_facts
 from rich.console import Console
 
 from lit_edit.cli import main
-from lit_edit.commands.compare.figure import draw, style
-from lit_edit.commands.compare.processes import Process, Progress, clock, run_all, threads_per_run
+from lit_edit.commands.compare import processes
+from lit_edit.commands.compare.figure import CURVES, draw
+from lit_edit.commands.compare.processes import run_all, threads_per_run
 from lit_edit.commands.compare.runs import ASKED, CHECKPOINT, EDITS, LOG, Run, State, differences, plan
-from lit_edit.commands.compare.tables import Comparison, Measured, Spread, measured, quantities
+from lit_edit.commands.compare.tables import Comparison, judged, quantities
 from lit_edit.files import write_json
+from lit_edit.runs.report.differences import Difference
 
 Folder = Callable[[str], Path]
 Said = pytest.CaptureFixture[str]
@@ -51,13 +54,14 @@ def finish(run: Run, *, cases: list[str] | None = None, curve: dict[int, dict[st
     )
     lines = [
         {
+            "number": number,
             "case_id": case,
             "prompt": f"{case} is",
             "target_new": "x",
             "seconds": 3.0,
             "stages": {"values": 1.0 + run.seed, "solve": 2.0 - run.seed},
         }
-        for case in cases
+        for number, case in enumerate(cases, start=1)
     ]
     (run.folder / EDITS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -112,7 +116,10 @@ def test_what_is_passed_on_counts_more_than_what_compare_says_of_itself(tmp_path
         (["--configs", "nothing"], "There is no configuration 'nothing'"),
         (["--configs", "mose", "mose.yaml"], "There are two methods with the name 'mose'"),
         (["--configs", "mose", "--n_edits", "0"], "n_edits is 0"),
-        (["--configs", "mose", "--n_edits", "many"], "compare: argument --n_edits: invalid int value: 'many'"),
+        (
+            ["--configs", "mose", "--n_edits", "many"],
+            "compare: n_edits: expected int, got 'many'",
+        ),
         (["--configs", "mose", "--n_edits", "10", "--at", "5", "20"], "--at 5 20: counts from 1 to n_edits, 10,"),
         (["--configs", "mose", "--at", "-5"], "--at -5: counts from 1"),
         (["--configs", "mose", "--seeds", "1", "1"], "--seeds 1 1: different whole numbers"),
@@ -123,6 +130,9 @@ def test_what_is_passed_on_counts_more_than_what_compare_says_of_itself(tmp_path
             "--trainer.logger.save_dir is set by compare: use --out",
         ),
         (["mose", "rome"], "'mose' is not an option"),
+        (["--configs", "mose", "--model.editor.nonsense=1"], "mose: "),
+        (["--configs", "mose", "--data.path=nowhere.json"], "mose: nowhere.json"),
+        (["--configs", "mose", "--n_edits", "100000"], "mose: "),
     ],
 )
 def test_refusals_are_one_line_and_nothing_is_run(given: list[str], message: str, tmp_path: Path, capsys: Said) -> None:
@@ -206,7 +216,7 @@ def test_a_configuration_that_changed_is_refused_by_its_setting_and_fresh_clears
     own.write_text("# comments and order do not count\nmodel: {editor: {init_args: {steps: 3}, class_path: X}}")
     assert before.state() is State.COMPLETE
     own.write_text("model: {editor: {class_path: X, init_args: {steps: 4}}}")
-    with pytest.raises(ValueError, match=r"\(model\.editor\.init_args\.steps: 3 then, 4 now\)"):
+    with pytest.raises(ValueError, match=r"\(model\.editor\.steps: 3 then, 4 now\)"):
         before.state()
     before.clear()
     assert before.state() is State.NEW
@@ -225,11 +235,9 @@ def test_a_folder_of_something_else_is_left_alone(run: Run) -> None:
 def test_differences_in_lists_and_of_what_is_new() -> None:
     then = {"restraints": [{"alpha": 1}], "layers": [1, 2]}
     now = {"restraints": [{"alpha": 1}, {"keep": 2}], "layers": [1, 3], "memory": True}
-    assert list(differences(then, now)) == [
-        'restraints: nothing then, {"keep": 2} now',
-        "layers: [1, 2] then, [1, 3] now",
-        "memory: nothing then, true now",
-    ]
+    assert differences(then, now) == (
+        "layers: [1, 2] then, [1, 3] now; restraints.2.keep: nothing then, 2 now; memory: nothing then, true now"
+    )
 
 
 # How it goes
@@ -243,51 +251,42 @@ def test_threads_are_shared_unless_they_are_said() -> None:
     assert threads_per_run(1, {"OMP_NUM_THREADS": "3"}) == 3
 
 
-def test_what_is_left_is_told_by_the_edits_so_far(run: Run) -> None:
-    progress = Progress(total=3, edits=300, begun=0.0)
-    assert progress.rest(10.0, []) is None
-    progress.made = 100
-    assert progress.rest(50.0, []) == 100
-    # One run goes on from 60 edits and has come to 110.
-    going = Process(run, None, 0.0, edits_before=60, edits=110)  # type: ignore[arg-type]
-    assert progress.rest(75.0, [going]) == 75
-    assert [clock(s) for s in (0, 59.7, 3599, 3723)] == ["0:00", "1:00", "59:59", "1:02:03"]
-
-
 # What the tables say
-
-
-def spread(*values: float | None) -> Spread:
-    return Spread(values)
-
-
-def test_means_and_spreads() -> None:
-    assert (spread(1.0, 2.0).mean, spread(1.0, 2.0).bounds) == (1.5, (1.0, 2.0))
-    assert [str(s) for s in (spread(), spread(0.5), spread(0.25, 0.75), spread(2.0, 2.0))] == [
-        *("-", "0.5", "0.5 (0.25 to 0.75)", "2"),
-    ]
-    # A seed that diverged is not left out of the mean.
-    assert (spread(1.0, None).mean, str(spread(None))) == (None, "n/a")
 
 
 def test_quantities_of_a_record() -> None:
     record = {
         "edits": 5,
         "reliability": 0.5,
+        "interval/reliability/low": 0.4,
+        "interval/reliability/high": 0.6,
         "downstream/qa": 1.0,
         "downstream/summary": 0.5,
         "stability/worst_condition_number": None,
         "stability/some.weight/condition_number": 3.0,
     }
-    assert quantities(record) == {"reliability": 0.5, "general_abilities": 0.75, "condition_number": None}
-    assert quantities({"downstream/qa": None, "downstream/summary": 0.5}) == {"general_abilities": None}
+    found = {name: value for name, (value, _, _) in quantities(record).items()}
+    # A run that diverged is not left out of a mean.
+    assert found == {"reliability": 0.5, "general_abilities": 0.75, "condition_number": math.inf}
+    assert quantities(record)["reliability"] == (0.5, 0.4, 0.6)
+    diverged = quantities({"downstream/qa": None, "downstream/summary": 0.5})
+    assert diverged == {"general_abilities": (math.inf, None, None)}
+
+
+def test_a_difference_whose_interval_holds_zero_is_none() -> None:
+    clear, none = Difference(0.2, 0.1, 0.3), Difference(0.1, -0.05, 0.25)
+    assert judged([clear]) == "+0.20 (+0.10 to +0.30)"
+    assert judged([none]) == "none (-0.05 to +0.25)"
+    assert judged([clear, none]) == "none (-0.05 to +0.30)"  # nor is one that a seed does not show
+    assert judged([Difference(0.1, how="too few edits")]) == "not judged (+0.10)"
+    assert judged([None]) == judged([]) == "-"
 
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
     """Two methods and two seeds; the second method failed with the second seed."""
     runs = plan(["mose", "rome"], [0, 1], 6, [2], tmp_path)
-    complete: list[Measured] = []
+    complete: list[Run] = []
     for run in runs:
         if (run.name, run.seed) == ("rome", 1):
             continue
@@ -295,7 +294,7 @@ def comparison(tmp_path: Path) -> Comparison:
         # Batches of three step over 2.
         curve = {0: {"reliability": 0.0}, 3: {"reliability": score, "locality": 1.0}, 6: {"reliability": score / 2}}
         finish(run, curve={n: {**c, "stability/mean_frobenius_norm": 10.0 + n} for n, c in curve.items()})
-        complete.append(measured(run))
+        complete.append(run)
     return Comparison(runs, complete)
 
 
@@ -305,7 +304,9 @@ def cells(line: str) -> list[str]:
 
 def test_the_markdown_has_a_table_for_every_point_and_the_stages(comparison: Comparison) -> None:
     sections = comparison.markdown().split("\n## ")
-    assert [s.splitlines()[0] for s in sections[1:]] == ["After 2 edits", "After 6 edits", "Seconds per edit, by stage"]
+    assert [s.splitlines()[0] for s in sections[1:]] == [
+        *("After 2 edits", "After 6 edits", "Difference from mose, after the last edit", "Seconds per edit, by stage"),
+    ]
     at = [[cells(line) for line in s.splitlines() if line.startswith("|")] for s in sections[1:]]
     assert at[0][0] == ["", "reliability", "locality", "norm"]
     assert at[0][2:] == [
@@ -314,32 +315,39 @@ def test_the_markdown_has_a_table_for_every_point_and_the_stages(comparison: Com
         ["rome (1 of 2 seeds failed)", "0.25", "1", "13"],
     ]
     assert at[1][3][:2] == ["mose", "0.312 (0.25 to 0.375)"]
+    # Six edits are too few, and without answers of single edits there are no intervals.
+    assert at[2][2:] == [["rome", "not judged (-0.12)", "-", "-"]]
     # Mean over edits, then over seeds: with seed 1 the values took 2 seconds.
-    assert at[2][0] == ["", "method", "total", "values", "solve"]
-    assert at[2][2] == ["mose", "MOSE", "3.000", "1.500", "1.500"]
+    assert at[3][0] == ["", "method", "total", "values", "solve"]
+    assert at[3][2] == ["mose", "MOSE", "3.000", "1.500", "1.500"]
 
 
 def test_a_method_without_any_complete_run_stands_in_the_table_as_failed(tmp_path: Path) -> None:
     runs = plan(["mose", "rome"], [0], 4, [4], tmp_path)
     finish(runs[0])
-    found = Comparison(runs, [measured(runs[0])])
+    found = Comparison(runs, runs[:1])
     rows = [cells(line) for line in found.markdown().splitlines() if line.startswith("| rome")]
     assert rows[0] == ["rome", "failed"]
     assert set(rows[1][2:]) == {"failed"}
     assert found.plain()["methods"][1]["failed_seeds"] == [0]
-    draw(Comparison(runs, []), tmp_path / "nothing.png")
 
 
 def test_csv_and_json_hold_every_run(comparison: Comparison) -> None:
-    rows = list(csv.DictReader(StringIO(comparison.tidy())))
+    rows = list(csv.DictReader(StringIO(comparison.csv())))
     assert [(r["name"], r["seed"], r["edits"]) for r in rows] == [
         (name, seed, edits) for name, seed in (("mose", "0"), ("mose", "1"), ("rome", "0")) for edits in "036"
     ]
     assert (rows[4]["reliability"], rows[4]["general_abilities"], rows[4]["seconds_values"]) == ("0.75", "", "2.0")
     mose, rome = json.loads(json.dumps(comparison.plain()))["methods"]
-    assert mose["points"]["2"]["reliability"] == {"mean": 0.625, "min": 0.5, "max": 0.75, "values": [0.5, 0.75]}
+    assert mose["points"]["2"]["reliability"] == {
+        "mean": 0.625,
+        "low": 0.5,
+        "high": 0.75,
+        "seeds": 2,
+        "values": [0.5, 0.75],
+    }
     assert rome["failed_seeds"] == [1]
-    assert mose["seconds_per_edit"]["total"]["mean"] == 3.0
+    assert mose["seconds_per_edit"]["total"] == 3.0
 
 
 def test_runs_that_did_not_edit_the_same_are_not_compared(tmp_path: Path) -> None:
@@ -347,15 +355,20 @@ def test_runs_that_did_not_edit_the_same_are_not_compared(tmp_path: Path) -> Non
     finish(runs[0])
     finish(runs[1], cases=["c0", "c7", "c2"])
     with pytest.raises(ValueError, match="rome and mose did not make the same edits with seed 0: edit 2 is case 'c7'"):
-        Comparison(runs, [measured(run) for run in runs])
+        Comparison(runs, runs)
 
 
-def test_the_figure_tells_two_dozen_methods_apart(comparison: Comparison, tmp_path: Path) -> None:
-    draw(comparison, tmp_path / "made" / "figure.png")
-    assert (tmp_path / "made" / "figure.png").read_bytes().startswith(b"\x89PNG")
-    looks = {tuple(style(number).values()) for number in range(24)}
-    assert len(looks) == 24
-    assert len({(style(n)["color"], style(n)["linestyle"]) for n in range(24)}) == 24
+def test_no_figure_has_more_curves_than_can_be_told_apart(tmp_path: Path) -> None:
+    runs = [replace(plan(["mose"], [0], 3, [], tmp_path)[0], name=f"m{i}", folder=tmp_path / f"m{i}") for i in range(9)]
+    for run in runs:
+        finish(run)
+    made = draw(Comparison(runs, runs), tmp_path / "made" / "figure.png")
+    assert [path.name for path in made] == ["figure.png", "figure-2.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+    assert len(runs) > CURVES
+    finish(runs[0], curve={0: {"immediate/reliability": 0.5}, 3: {"immediate/reliability": 0.5}})
+    assert draw(Comparison(runs[:1], runs[:1]), tmp_path / "nothing.png") == []  # nothing that is drawn
+    assert not (tmp_path / "nothing.png").exists()
 
 
 # All of it
@@ -443,11 +456,13 @@ def test_an_interruption_leaves_no_process_behind(run: Run, monkeypatch: pytest.
         started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **settings))
         return started[-1]
 
-    def interrupted(seconds: float) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        while not started:
+            time.sleep(0.01)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lit_edit.commands.compare.processes.subprocess.Popen", spy)
-    monkeypatch.setattr("lit_edit.commands.compare.processes.time.sleep", interrupted)
+    monkeypatch.setattr("lit_edit.commands.compare.processes.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_all([run], 1, 1, Console(file=StringIO()))
     assert [process.poll() is not None for process in started] == [True]
@@ -457,7 +472,7 @@ def test_an_interruption_leaves_no_process_behind(run: Run, monkeypatch: pytest.
 def test_being_told_to_end_ends_the_runs_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM, as a scheduler sends it; what handled the signal before handles it again afterwards."""
     started: list[subprocess.Popen[bytes]] = []
-    popen, sleep = subprocess.Popen, time.sleep
+    popen, wait = subprocess.Popen, processes.wait
 
     def spy(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
         deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); "
@@ -465,15 +480,15 @@ def test_being_told_to_end_ends_the_runs_too(run: Run, monkeypatch: pytest.Monke
         started.append(popen([sys.executable, "-c", program], **settings))
         return started[-1]
 
-    def told(seconds: float) -> None:
-        sleep(0.01)
+    def told(*args: Any, **settings: Any) -> Any:
         if len(started) == 2 and b"on" in (runs[1].folder / LOG).read_bytes():
             os.kill(os.getpid(), signal.SIGTERM)
+        return wait(*args, **settings | {"timeout": 0.01})
 
     runs = [run, replace(run, folder=run.folder.with_name("other"))]
     monkeypatch.setattr("lit_edit.commands.compare.processes.subprocess.Popen", spy)
-    monkeypatch.setattr("lit_edit.commands.compare.processes.time.sleep", told)
-    monkeypatch.setattr("lit_edit.commands.compare.processes._GRACE", 0.2)  # for the one that does not listen
+    monkeypatch.setattr("lit_edit.commands.compare.processes.wait", told)
+    monkeypatch.setattr("lit_edit.commands.compare.processes.GRACE", 0.2)  # for the one that does not listen
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         run_all(runs, 2, 1, Console(file=StringIO()))

@@ -48,7 +48,7 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: Said) -> None:
     ("arguments", "error"),
     [
         (["nowhere"], "nowhere is no folder of a run"),
-        ([], "report: the following arguments are required: RUN"),
+        ([], "report: the following arguments are required: runs"),
         (["run", "--at", "5"], "No run was judged after 5 edits; there are 4, 8, 12."),
         (["run", "--names", "a", "b"], "1 runs need as many different names, not a, b."),
         (["broken"], "is not JSON"),

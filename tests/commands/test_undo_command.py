@@ -65,7 +65,7 @@ def test_mistakes_are_said_in_one_line(run: Path, tmp_path: Path, capsys: Said) 
     for options, said in (
         (["--run", str(run), "--case", "x"], "No edit in the weights has the case id 'x'"),
         (["--run", str(tmp_path), "--last", "1"], "is no folder of a run"),
-        (["--run", str(run)], "one of the arguments --last --to --case is required"),
+        (["--run", str(run)], "which edits? One of --last 3"),
     ):
         assert main(["undo", *options]) == 2
         assert said in capsys.readouterr().err

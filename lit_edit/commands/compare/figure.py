@@ -1,69 +1,68 @@
-"""Curves over the number of edits, a panel for every quantity."""
+"""Curves over the number of edits, a panel for every quantity, at most eight methods a figure."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from lit_edit.commands.compare.tables import QUANTITIES, Comparison
 
-# Eight colours that differ for the colour-blind too (after Okabe and Ito, with grey for their yellow), in three styles
-# of line: 24 methods can be told apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
-_STYLES = (("-", "o"), ("--", "s"), (":", "^"))
-
-_PANELS = ("reliability", "generalization", "locality", "general_abilities", "norm", "condition_number")
-_LOGARITHMIC = ("norm", "condition_number", "drift")
+CURVES = 8  # of a figure: the colours of the palette, more cannot be told apart
+PANELS = ("reliability", "generalization", "locality", "general_abilities", "norm", "condition_number")
+_PALETTE = "tableau-colorblind10"
+_LOGARITHMIC = ("norm", "condition_number")
 _OF_EDITS = ("reliability", "generalization")  # at 0 edits there is nothing to retain
 
 
-def style(number: int) -> dict[str, Any]:
-    """Colour, line and marker of a method by its place."""
-    line, marker = _STYLES[number // len(_COLOURS) % len(_STYLES)]
-    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": line, "marker": marker}
+def draw(comparison: Comparison, path: Path) -> list[Path]:
+    """Writes the figures; the format is told by the ending.
+
+    A band is the 95 % interval of a single run, or the range of several seeds.
+
+    Args:
+        comparison: The runs.
+        path: Of the first eight methods; ``-2`` and so on before the ending for the next ones.
+
+    Returns:
+        The files; none where nothing was measured.
+    """
+    panels = [p for p in PANELS if p in set(comparison.figures.quantity)]
+    names = comparison.complete
+    parts = [names[i : i + CURVES] for i in range(0, len(names), CURVES)] if panels else []
+    paths = [path.with_stem(f"{path.stem}-{number}") if number > 1 else path for number in range(1, len(parts) + 1)]
+    for part, target in zip(parts, paths, strict=True):
+        _draw(comparison, part, panels, target)
+    return paths
 
 
-def draw(comparison: Comparison, path: Path) -> None:
-    """Writes the figure; the format is told by the ending. Several seeds show as a band from smallest to largest."""
-    # Not at the top: the other commands do not need it, and it takes a second to import. `Figure` without pyplot has
-    # no global state and opens no window.
-    from matplotlib.figure import Figure
+def _draw(comparison: Comparison, names: list[str], panels: list[str], path: Path) -> None:
+    from matplotlib import style
+    from matplotlib.figure import Figure  # without pyplot there is no global state, and no window
 
-    panels = [p for p in _PANELS if any(comparison.curve(name, p) for name in comparison.methods)]
-    columns = min(3, max(1, len(panels)))
-    rows = math.ceil(len(panels) / columns) or 1
-    many = len(comparison.methods) > len(_COLOURS)
-    width, height = (4.6, 3.9) if many else (3.4, 2.9)
-    legend = 0.18 * len(comparison.methods) + 0.3
-    figure = Figure(figsize=(width * columns + 2.2, max(height * rows, legend)), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    handles: dict[str, Any] = {}
-    for axis, panel in zip(axes, panels, strict=False):
-        for number, name in enumerate(comparison.methods):
-            curve = {n: s for n, s in comparison.curve(name, panel).items() if n or panel not in _OF_EDITS}
-            if not curve:
-                continue
-            counts, spreads = list(curve), list(curve.values())
-            means = [math.nan if s.mean is None else s.mean for s in spreads]
-            look = style(number)
-            (handles[name],) = axis.plot(counts, means, markersize=3, linewidth=1.2, label=name, **look)
-            if len(comparison.seeds) > 1:
-                low, high = zip(*[[math.nan if b is None else b for b in s.bounds] for s in spreads], strict=True)
-                axis.fill_between(counts, low, high, color=look["color"], alpha=0.05 if many else 0.15, linewidth=0)
-        axis.set_title(QUANTITIES[panel], fontsize=10)
-        axis.set_xlabel("edits", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-        if panel in _LOGARITHMIC:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(-0.03, 1.03)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    if handles:
-        ordered = [name for name in comparison.methods if name in handles]
-        figure.legend([handles[n] for n in ordered], ordered, loc="outside right upper", fontsize=8, handlelength=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with style.context(_PALETTE):
+        figure = Figure(figsize=(3.4 * columns + 2.2, 2.9 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis, panel in zip(axes, panels, strict=False):
+            for number, name in enumerate(names):
+                curve = comparison.curve(name, panel)
+                curve = curve[curve.index > 0] if panel in _OF_EDITS else curve
+                look = {"color": f"C{number}", "label": name}
+                axis.plot(curve.index, curve["mean"], marker="o", markersize=3, linewidth=1.2, **look)
+                axis.fill_between(curve.index, curve.low, curve.high, color=f"C{number}", alpha=0.12, linewidth=0)
+            axis.set_title(QUANTITIES[panel], fontsize=10)
+            axis.set_xlabel("edits", fontsize=9)
+            axis.tick_params(labelsize=8)
+            axis.set_xlim(left=0)
+            axis.grid(alpha=0.3)
+            if panel in _LOGARITHMIC:
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(-0.03, 1.03)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, handlelength=3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any
 
 from lit_edit.configs.find import config_folder, find_config, read_config
 from lit_edit.files import write_json
+from lit_edit.runs.report.gather import EDITS, flattened
 from lit_edit.runs.results import ResultsError, read_results
 
 ASKED = "asked.json"
 LOG = "log.txt"
-EDITS = "edits.jsonl"
 CHECKPOINT = Path("checkpoints", "edits.ckpt")
 
 #: Options of ``fit`` that a comparison sets itself, and what to use instead.
@@ -35,8 +36,6 @@ RESERVED = {
 }
 
 _DIFFERENCES_SHOWN = 3
-# Not a file of the repository: the package may be installed without it.
-_FIT = "import sys; from lit_edit.cli import main; sys.exit(main())"
 
 
 class State(Enum):
@@ -52,14 +51,14 @@ class Run:
     """One method with one seed.
 
     Args:
-        name: of the method in tables, and of the folder its runs are in.
-        configs: the configuration files that make it, later ones laid over earlier ones.
+        name: Name of the method in tables, and of the folder its runs are in.
+        configs: Configuration files that make it, later ones laid over earlier ones.
         seed: 0 takes the requests in the order of the file, as ``fit`` does; any other shuffles the file by it first.
             It is also the seed of the sampled contexts and of everything else that is random.
-        n_edits: how many edits.
-        at: counts of edits to measure at, ascending; the last is ``n_edits``.
-        overrides: further options of ``fit``.
-        folder: of this run alone.
+        n_edits: Number of edits.
+        at: Counts of edits to measure at, ascending; the last is ``n_edits``.
+        overrides: Further options of ``fit``.
+        folder: Folder of this run alone.
     """
 
     name: str
@@ -82,8 +81,8 @@ class Run:
         }
 
     @property
-    def command(self) -> list[str]:
-        """The process that makes this run, or goes on with it."""
+    def options(self) -> list[str]:
+        """Arguments of ``fit`` that make this run."""
         counts = json.dumps(list(self.at))
         order = self.seed if self.seed else "null"
         options = [part for config in self.configs for part in ("--config", config)]
@@ -93,29 +92,31 @@ class Run:
         options += [f"--model.seed={self.seed}", f"--seed_everything={self.seed}"]
         options += ["--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger"]
         options += [f"--trainer.logger.save_dir={self.folder.parent}", f"--trainer.logger.name={self.folder.name}"]
-        options += ["--trainer.logger.version="]
-        if (self.folder / CHECKPOINT).is_file():
-            options += [f"--ckpt_path={self.folder / CHECKPOINT}"]
-        return [sys.executable, "-c", _FIT, "fit", *options]
+        return [*options, "--trainer.logger.version="]
+
+    @property
+    def command(self) -> list[str]:
+        """The process that makes this run, or goes on with it."""
+        checkpoint = self.folder / CHECKPOINT
+        resumed = [f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else []
+        return [sys.executable, "-m", "lit_edit", "fit", *self.options, *resumed]
 
     def state(self) -> State:
         """How far this run has got.
 
         Raises:
-            ValueError: if the folder holds something else: a run with other settings, or none of a comparison.
+            ValueError: If the folder holds something else: a run with other settings, or none of a comparison.
         """
         if not self.folder.exists():
             return State.NEW
         record = self.folder / ASKED
         if not record.is_file():
             raise ValueError(f"{self.folder} was not made by `compare`: choose another --out.")
-        differ = list(differences(_read_json(record), self.asked))
-        if differ:
-            more = len(differ) - _DIFFERENCES_SHOWN
-            named = "; ".join(differ[:_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        then, now = _read_json(record), self.asked
+        if then != now:
             raise ValueError(
-                f"{self.folder} holds a run with other settings ({named}): --fresh makes it anew, another --out keeps "
-                "both."
+                f"{self.folder} holds a run with other settings ({differences(then, now)}): --fresh makes it anew, "
+                "another --out keeps both."
             )
         if self.edits_done() == self.n_edits and self._ended():
             return State.COMPLETE
@@ -163,15 +164,15 @@ def plan(
     """The runs of a comparison, seed by seed, so that the first seed's table is complete first.
 
     Args:
-        configs: a method each: a configuration, or several joined by ``+``, later ones laid over earlier ones.
+        configs: A method each: a configuration, or several joined by ``+``, later ones laid over earlier ones.
         seeds: see `Run`.
         n_edits: how many edits.
         at: counts to measure at; none for four equal parts.
         out: the folder of all runs.
-        overrides: further options of ``fit``, for every run; a ``--config`` among them is laid over every method.
+        overrides: Further options of ``fit``, for every run; a ``--config`` among them is laid over every method.
 
     Raises:
-        ValueError: if a configuration cannot be read, numbers are out of range, or names or seeds occur twice.
+        ValueError: If a configuration cannot be read, numbers are out of range, or names or seeds occur twice.
     """
     if n_edits < 1:
         raise ValueError(f"n_edits is {n_edits}; it must be at least 1.")
@@ -219,29 +220,21 @@ def _split_configs(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
-    """What two records of settings differ in: the dotted name, the old value and the new one."""
-    if isinstance(then, list) and isinstance(now, list) and any(isinstance(item, dict) for item in [*then, *now]):
-        then, now = (dict(enumerate(items)) for items in (then, now))
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key in dict.fromkeys([*then, *now]):
-            # The place of a configuration in the list says nothing: its settings are known by their own names.
-            below = f"{path}.{key}".lstrip(".") if isinstance(key, str) else path
-            below = "" if below == "configs" else below
-            yield from differences(then.get(key, _NOTHING), now.get(key, _NOTHING), below)
-    elif then != now:
-        yield f"{path or 'configs'}: {_shown(then)} then, {_shown(now)} now"
-
-
-class _Nothing:
-    """Stands for a setting that is not there."""
-
-
-_NOTHING = _Nothing()
+def differences(then: Any, now: Any) -> str:
+    """What two records of settings differ in: the first dotted names, with the old value and the new one."""
+    one, other = (dict(flattened(settings)) for settings in (then, now))
+    found = [
+        # The place of a configuration in the list says nothing: its settings are known by their own names.
+        f"{re.sub(r'^configs[.][0-9]+[.]', '', name)}: {_shown(one.get(name))} then, {_shown(other.get(name))} now"
+        for name in {**one, **other}
+        if one.get(name) != other.get(name)
+    ]
+    more = len(found) - _DIFFERENCES_SHOWN
+    return "; ".join(found[:_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if isinstance(value, _Nothing) else json.dumps(value)
+    return "nothing" if value is None else json.dumps(value)
 
 
 def _short(path: Path) -> str:

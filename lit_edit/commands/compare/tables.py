@@ -1,301 +1,298 @@
-"""What the runs of a comparison measured, side by side: means and spreads over seeds, as Markdown, CSV and JSON."""
+"""What the runs of a comparison measured, side by side, as Markdown, CSV and JSON.
+
+A figure of one run has the 95 % bootstrap interval over its requests, one over several seeds their mean and range.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lit_edit.commands.compare.runs import EDITS, Run
-from lit_edit.runs.results import read_results
+import pandas as pd
+
+from lit_edit.commands.compare.runs import Run
+from lit_edit.runs.report.differences import Difference, common_count, difference
+from lit_edit.runs.report.gather import RunData, read_run
 
 #: Quantities of a table, in its order, and their headings.
 QUANTITIES = {
     "reliability": "reliability",
     "generalization": "generalization",
     "locality": "locality",
+    "same_subject": "other facts of edited subjects",
     "general_abilities": "general abilities",
     "norm": "norm",
     "condition_number": "condition number",
     "drift": "drift",
 }
 STAGES = ("layers", "values", "keys", "solve", "restrain", "write", "score", "other")
+JUDGED = ("reliability", "generalization", "locality")  # whose differences are judged
 
 _SOURCES = {
+    "locality/same_subject": "same_subject",
     "stability/mean_frobenius_norm": "norm",
     "stability/worst_condition_number": "condition_number",
     "stability/mean_relative_drift": "drift",
 }
 
-Figures = dict[str, float | None]
 
+def quantities(record: Mapping[str, Any]) -> dict[str, tuple[float, float | None, float | None]]:
+    """The figures of a record of ``results.json`` by their names in tables, each with its interval.
 
-@dataclass(frozen=True)
-class Measured:
-    """One complete run.
-
-    Args:
-        run: what was asked for.
-        about: the run record of its results.
-        curve: figures by quantity at every count of edits that was measured.
-        seconds: mean seconds of an edit by stage, and their sum as ``total``.
-        edits: what was edited, in order: case, prompt and target.
+    General abilities are the tasks' mean. What is not finite is infinite.
     """
-
-    run: Run
-    about: dict[str, Any]
-    curve: dict[int, Figures]
-    seconds: dict[str, float]
-    edits: list[tuple[str, str, str]]
-
-    def at(self, count: int) -> Figures:
-        """The figures at the first measurement from ``count`` on: batches may step over the count itself.
-
-        Every quantity on its own, since each may be measured at other counts.
-        """
-        found: Figures = {}
-        for edits in sorted(self.curve):
-            if edits >= count:
-                for quantity, value in self.curve[edits].items():
-                    found.setdefault(quantity, value)
-        return found
-
-
-def measured(run: Run) -> Measured:
-    """Reads what a complete run left."""
-    results = read_results(run.folder)
-    lines = (run.folder / EDITS).read_text(encoding="utf-8").splitlines()
-    edits = [json.loads(line) for line in lines if line.strip()]
-    seconds = {"total": sum(e["seconds"] for e in edits) / len(edits)} if edits else {}
-    for stage in dict.fromkeys(stage for e in edits for stage in e.get("stages", {})):
-        seconds[stage] = sum(e["stages"].get(stage, 0.0) for e in edits) / len(edits)
-    return Measured(
-        run,
-        results.run,
-        {record["edits"]: quantities(record) for record in results.records},
-        seconds,
-        [(e["case_id"], e["prompt"], e["target_new"]) for e in edits],
-    )
-
-
-def quantities(record: Mapping[str, Any]) -> Figures:
-    """The figures of a record of ``results.json`` by their names in tables; general abilities as the tasks' mean."""
-    found: Figures = {}
-    for key, value in record.items():
-        if key in QUANTITIES or key in _SOURCES:
-            found[_SOURCES.get(key, key)] = value
-    scores = [value for key, value in record.items() if key.startswith("downstream/")]
+    found = {}
+    for key in record:
+        name = _SOURCES.get(key, key)
+        if name in QUANTITIES:
+            bounds = [record.get(f"interval/{key}/{side}") for side in ("low", "high")]
+            found[name] = (_number(record[key]), bounds[0], bounds[1])
+    scores = [_number(value) for key, value in record.items() if key.startswith("downstream/")]
     if scores:
-        found["general_abilities"] = None if None in scores else sum(scores) / len(scores)
+        found["general_abilities"] = (sum(scores) / len(scores), None, None)
     return found
 
 
-def check_same_edits(runs: Iterable[Measured]) -> None:
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def check_same_edits(runs: Mapping[Run, RunData]) -> None:
     """Refuses to compare runs that did not edit the same.
 
     Raises:
-        ValueError: naming two runs and the first edit in which they differ.
+        ValueError: Naming two runs and the first edit in which they differ.
     """
-    first: dict[int, Measured] = {}
-    for one in runs:
-        other = first.setdefault(one.run.seed, one)
-        for number, (mine, theirs) in enumerate(zip(one.edits, other.edits, strict=False), start=1):
+    first: dict[int, Run] = {}
+    for run, left in runs.items():
+        other = first.setdefault(run.seed, run)
+        for number in sorted(left.edits.keys() & runs[other].edits.keys()):
+            mine, theirs = (
+                [data.edits[number][k] for k in ("case_id", "prompt", "target_new")] for data in (left, runs[other])
+            )
             if mine != theirs:
                 raise ValueError(
-                    f"{one.run.name} and {other.run.name} did not make the same edits with seed {one.run.seed}: edit "
-                    f"{number} is case {mine[0]!r} of the one and {theirs[0]!r} of the other. Give all the same --data."
+                    f"{run.name} and {other.name} did not make the same edits with seed {run.seed}: edit {number} is "
+                    f"case {mine[0]!r} of the one and {theirs[0]!r} of the other. Give all the same --data."
                 )
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A figure over seeds: its values, those that are not finite as None."""
-
-    values: tuple[float | None, ...]
-
-    @property
-    def mean(self) -> float | None:
-        """None if any seed's is not finite."""
-        known = [value for value in self.values if value is not None]
-        return sum(known) / len(known) if known and len(known) == len(self.values) else None
-
-    @property
-    def bounds(self) -> tuple[float | None, float | None]:
-        """Smallest and largest finite value."""
-        known = [value for value in self.values if value is not None]
-        return (min(known), max(known)) if known else (None, None)
-
-    def __str__(self) -> str:
-        """Mean, and smallest and largest where they are others."""
-        if not self.values:
-            return "-"
-        low, high = map(shown, self.bounds)
-        return shown(self.mean) if low == high else f"{shown(self.mean)} ({low} to {high})"
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        low, high = self.bounds
-        return {"mean": self.mean, "min": low, "max": high, "values": list(self.values)}
-
-
-def shown(value: float | None) -> str:
-    """Three digits; "n/a" for what is not finite."""
-    return "n/a" if value is None else f"{value:.3g}"
 
 
 class Comparison:
     """The runs of a comparison, ordered by method.
 
     Args:
-        runs: all that were asked for, at least one.
-        complete: what those that are complete measured.
+        runs: All that were asked for, at least one.
+        complete: Those that are complete, at least one.
+
+    Attributes:
+        names, complete: All methods, and those with a complete run.
+        figures: A row for each ``name``, ``seed``, count of ``edits`` and ``quantity``: ``value``, ``low``, ``high``.
+        seconds: A row for each ``name`` and ``seed``: mean seconds of an edit, ``total`` and by stage.
+        points: By count of edits, the figures over seeds by ``name`` and ``quantity``.
 
     Raises:
-        ValueError: if two runs did not make the same edits.
+        ValueError: If two runs did not make the same edits.
     """
 
-    def __init__(self, runs: Sequence[Run], complete: Sequence[Measured]) -> None:
-        check_same_edits(complete)
+    def __init__(self, runs: Sequence[Run], complete: Sequence[Run]) -> None:
+        self.left = {run: read_run(run.folder) for run in complete}
+        check_same_edits(self.left)
         self.at, self.n_edits = runs[0].at, runs[0].n_edits
         self.seeds = list(dict.fromkeys(run.seed for run in runs))
-        self.methods = {run.name: [m for m in complete if m.run.name == run.name] for run in runs}
+        self.names = list(dict.fromkeys(run.name for run in runs))
+        self.complete = [name for name in self.names if any(run.name == name for run in complete)]
+        rows = [
+            (run.name, run.seed, record["edits"], name, *figure)
+            for run, data in self.left.items()
+            for record in data.records
+            for name, figure in quantities(record).items()
+        ]
+        self.figures = pd.DataFrame(rows, columns=["name", "seed", "edits", "quantity", "value", "low", "high"])
+        self.figures = self.figures.astype({"value": float, "low": float, "high": float})
+        seconds = {
+            (run.name, run.seed): {
+                "total": sum(edit["seconds"] for edit in data.edits.values()) / max(1, len(data.edits)),
+                **data.seconds_by_stage(),
+            }
+            for run, data in self.left.items()
+        }
+        found = pd.DataFrame.from_dict(seconds, orient="index")
+        known = [stage for stage in ("total", *STAGES) if stage in found]
+        self.seconds = found[known + sorted(set(found) - set(known))].rename_axis(["name", "seed"])
 
-    @property
-    def failed(self) -> dict[str, int]:
-        """Per method, how many seeds have no complete run."""
-        missing = {name: len(self.seeds) - len(complete) for name, complete in self.methods.items()}
-        return {name: number for name, number in missing.items() if number}
+        # Batches may step over a count: it is the first measurement from there on, of every quantity on its own.
+        ordered = self.figures.sort_values("edits", kind="stable")
+        self.points = {
+            count: _over_seeds(ordered[ordered.edits >= count].drop_duplicates(["name", "seed", "quantity"]))
+            for count in (0, *self.at)
+        }
+        start = self.figures[self.figures.edits == 0]
+        # Over all runs: methods watch the weights that they may edit.
+        self.before = _over_seeds(start.assign(name="before", low=math.nan, high=math.nan))
 
-    def spread(self, name: str, of: Callable[[Measured], Mapping[str, float | None]], key: str) -> Spread:
-        """One figure of a method over its seeds."""
-        return Spread(tuple(figures[key] for figures in map(of, self.methods[name]) if key in figures))
-
-    def point(self, name: str, count: int, quantity: str) -> Spread:
-        """A quantity at an evaluation point."""
-        return self.spread(name, lambda m: m.at(count), quantity)
-
-    def seconds(self, name: str, stage: str) -> Spread:
-        """Seconds of an edit."""
-        return self.spread(name, lambda m: m.seconds, stage)
+    def curve(self, name: str, quantity: str) -> pd.DataFrame:
+        """A method's figure over seeds, see `_over_seeds`, by count of edits where every seed was measured."""
+        rows = self.figures[(self.figures.name == name) & (self.figures.quantity == quantity)]
+        found = _over_seeds(rows.replace(math.inf, math.nan), ["edits"])
+        return found[found.seeds == rows.seed.nunique()]
 
     def method(self, name: str) -> str:
         """What the method is, in words, as its first complete run says."""
-        found = self.methods[name]
-        return str(found[0].about.get("method", "")) if found else ""
-
-    def curve(self, name: str, quantity: str) -> dict[int, Spread]:
-        """A quantity at every count that was measured with every seed."""
-        curves = [
-            {edits: figures[quantity] for edits, figures in m.curve.items() if quantity in figures}
-            for m in self.methods[name]
-        ]
-        counts = sorted(set.intersection(*map(set, curves))) if curves else []
-        return {count: Spread(tuple(curve[count] for curve in curves)) for count in counts}
-
-    def _before(self, quantity: str) -> Spread:
-        """A quantity of the unedited model, over all runs: methods watch the weights that they may edit."""
-        starts = [m.curve.get(0, {}) for complete in self.methods.values() for m in complete]
-        return Spread(tuple(figures[quantity] for figures in starts if quantity in figures))
+        return next((str(data.run.get("method", "")) for run, data in self.left.items() if run.name == name), "")
 
     def _label(self, name: str) -> str:
-        missing = self.failed.get(name, 0)
-        if not missing or missing == len(self.seeds):
-            return name
-        return f"{name} ({missing} of {len(self.seeds)} seeds failed)"
-
-    def stages(self) -> list[str]:
-        """The stages that occur, in the usual order."""
-        found = {stage for complete in self.methods.values() for m in complete for stage in m.seconds} - {"total"}
-        return [*(s for s in STAGES if s in found), *sorted(found - set(STAGES))]
+        missing = len(self.seeds) - sum(run.name == name for run in self.left)
+        some = 0 < missing < len(self.seeds)
+        return f"{name} ({missing} of {len(self.seeds)} seeds failed)" if some else name
 
     def markdown(self) -> str:
-        """The tables: one for every evaluation point, then seconds by stage."""
-        lines = [f"# {self.n_edits} edits, {len(self.methods)} methods", "", *self._preamble(), ""]
-        present = [q for q in QUANTITIES if any(self.point(n, c, q).values for n in self.methods for c in self.at)]
+        """The tables: one for every evaluation point, then differences, then seconds by stage."""
+        lines = [f"# {self.n_edits} edits, {len(self.names)} methods", "", *self._preamble(), ""]
+        present = [q for q in QUANTITIES if q in set(self.figures.quantity)]
         for count in self.at:
-            lines += [f"## After {count} edits", "", *_table(["", *(QUANTITIES[q] for q in present)])]
-            lines.append(_row("before", [str(self._before(q)) for q in present]))
-            for name in self.methods:
-                cells = [str(self.point(name, count, q)) if self.methods[name] else "failed" for q in present]
-                lines.append(_row(self._label(name), cells))
-            lines.append("")
-        stages = self.stages()
-        lines += ["## Seconds per edit, by stage", "", *_table(["", "method", "total", *stages])]
-        for name in self.methods:
-            cells = [_seconds(self.seconds(name, s)) if self.methods[name] else "failed" for s in ("total", *stages)]
-            lines.append(_row(self._label(name), [self.method(name), *cells]))
-        return "\n".join(lines) + "\n"
+            found, rows = self.points[count], [["before", *(_cell(self.before, "before", q) for q in present)]]
+            for name in self.names:
+                failed = name not in self.complete
+                rows.append([self._label(name), *("failed" if failed else _cell(found, name, q) for q in present)])
+            lines += [f"## After {count} edits", "", *_table(["", *(QUANTITIES[q] for q in present)], rows), ""]
+        lines += self._judged()
+        lines += ["## Seconds per edit, by stage", ""]
+        means = self.seconds.fillna(0.0).groupby("name").mean()
+        rows = [
+            [self._label(n), self.method(n), *([f"{s:.3f}" for s in means.loc[n]] if n in means.index else ["failed"])]
+            for n in self.names
+        ]
+        return "\n".join([*lines, *_table(["", "method", *means.columns], rows)]) + "\n"
+
+    def _judged(self) -> list[str]:
+        """What each method is above the first, as far as it is more than chance among the edits."""
+        first, rows = self.names[0], []
+        bases = {run.seed: data for run, data in self.left.items() if run.name == first}
+        for name in self.names[1:]:
+            both = [(d, bases[run.seed]) for run, d in self.left.items() if run.name == name and run.seed in bases]
+            counts = [common_count(list(pair)) for pair in both]
+            cells = [
+                judged([difference(*pair, key, n) for pair, n in zip(both, counts, strict=True) if n is not None])
+                for key in JUDGED
+            ]
+            if any(cell != "-" for cell in cells):
+                rows.append([name, *cells])
+        if not rows:
+            return []
+        said = (
+            "95 % intervals of the difference, edit by edit where both runs made the same edits; over seeds the mean, "
+            "and the widest of the intervals. An interval that holds zero is no difference."
+        )
+        return [f"## Difference from {first}, after the last edit", "", said, "", *_table(["", *JUDGED], rows), ""]
 
     def _preamble(self) -> list[str]:
-        seeds = f"Seed {self.seeds[0]}" if len(self.seeds) == 1 else f"Seeds {', '.join(map(str, self.seeds))}"
-        over = "." if len(self.seeds) == 1 else ": mean (smallest to largest)."
+        if len(self.seeds) == 1:
+            seeds = f"Seed {self.seeds[0]}; in brackets 95 % bootstrap intervals over the requests."
+        else:
+            seeds = f"Seeds {', '.join(map(str, self.seeds))}: mean (smallest to largest)."
         lines = [
-            f"{seeds}{over} Retention over all edits so far, by exact match;",
+            f"{seeds} Retention over all edits so far, by exact match;",
             "locality against the unedited model; the mean of the general abilities; mean norm, worst condition number",
             "and mean drift of the weights that a method may edit.",
         ]
-        complete = [m.about for found in self.methods.values() for m in found]
         named = {"model": "Model", "data": "data", "device": "device", "threads": "CPU threads per run"}
         said = []
         for key, words in named.items():
-            values = dict.fromkeys(str(about[key]) for about in complete if about.get(key) is not None)
-            if values:
+            abouts = [data.run.get(key) for data in self.left.values()]
+            if values := dict.fromkeys(str(about) for about in abouts if about is not None):
                 said.append(f"{words}: {', '.join(values)}")
         return [*lines, "", "; ".join(said) + "."] if said else lines
 
-    def tidy(self) -> str:
-        """CSV with a row per method, seed and measurement; the seconds of the whole run in each of its rows."""
-        stages = ["total", *self.stages()]
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["name", "method", "seed", "edits", *QUANTITIES, *(f"seconds_{stage}" for stage in stages)])
-        for name, complete in self.methods.items():
-            for m in complete:
-                seconds = [m.seconds.get(stage, "") for stage in stages]
-                for edits, figures in sorted(m.curve.items()):
-                    cells = ["" if figures.get(q) is None else figures[q] for q in QUANTITIES]
-                    writer.writerow([name, m.about.get("method", ""), m.run.seed, edits, *cells, *seconds])
-        return out.getvalue()
+    def csv(self) -> str:
+        """A row per method, seed and measurement; the seconds of the whole run in each of its rows."""
+        keys = ["name", "method", "seed", "edits"]
+        figures = self.figures.replace(math.inf, math.nan)
+        figures.insert(1, "method", figures.name.map(self.method))
+        wide = figures.pivot(index=keys, columns="quantity")
+        bounds = [wide[side].dropna(axis="columns", how="all").add_suffix(f"_{side}") for side in ("low", "high")]
+        table = pd.concat([wide["value"].reindex(columns=list(QUANTITIES)), *bounds], axis="columns")
+        table = table.join(self.seconds.add_prefix("seconds_"), on=["name", "seed"])
+        return str(table.loc[self.complete].reset_index().to_csv(index=False, lineterminator="\n"))
 
     def plain(self) -> dict[str, Any]:
-        """Everything in the tables, for JSON; of every figure mean, smallest, largest and the values by seed."""
-        return {
-            "n_edits": self.n_edits,
-            "at": list(self.at),
-            "seeds": self.seeds,
-            "methods": [
+        """Everything in the tables, for JSON."""
+        methods = []
+        for name in self.names:
+            own = {run: data for run, data in self.left.items() if run.name == name}
+            failed = [seed for seed in self.seeds if seed not in {run.seed for run in own}]
+            points = {
+                str(count): found.loc[name].to_dict("index")
+                for count, found in self.points.items()
+                if name in found.index
+            }
+            methods.append(
                 {
                     "name": name,
                     "method": self.method(name),
-                    "seeds": [m.run.seed for m in complete],
-                    "failed_seeds": [s for s in self.seeds if s not in {m.run.seed for m in complete}],
-                    "threads": [m.about.get("threads") for m in complete],
-                    "points": {
-                        str(count): {
-                            q: spread.plain() for q in QUANTITIES if (spread := self.point(name, count, q)).values
-                        }
-                        for count in (0, *self.at)
-                    },
-                    "seconds_per_edit": {
-                        s: self.seconds(name, s).plain() for s in ("total", *self.stages()) if complete
-                    },
+                    "seeds": [run.seed for run in own],
+                    "failed_seeds": failed,
+                    "threads": [data.run.get("threads") for data in own.values()],
+                    "points": points,
+                    "seconds_per_edit": self.seconds.loc[name].mean().to_dict() if own else {},
                 }
-                for name, complete in self.methods.items()
-            ],
-        }
+            )
+        return {"n_edits": self.n_edits, "at": list(self.at), "seeds": self.seeds, "methods": _finite(methods)}
 
 
-def _seconds(spread: Spread) -> str:
-    """Milliseconds are enough, and the spread is in the JSON file."""
-    return "-" if spread.mean is None else f"{spread.mean:.3f}"
+def _over_seeds(rows: pd.DataFrame, by: Sequence[str] = ("name", "quantity")) -> pd.DataFrame:
+    """``mean``, ``values`` and number of ``seeds``; ``low`` and ``high`` are the interval of one seed, or the range."""
+    found = rows.groupby(list(by)).agg(
+        mean=("value", lambda v: v.mean(skipna=False)),
+        least=("value", "min"),
+        most=("value", "max"),
+        low=("low", "first"),
+        high=("high", "first"),
+        seeds=("seed", "size"),
+        values=("value", list),
+    )
+    several = (found.seeds > 1) | found.low.isna()
+    found["low"], found["high"] = found.low.mask(several, found.least), found.high.mask(several, found.most)
+    return found.drop(columns=["least", "most"])
 
 
-def _table(headings: Sequence[str]) -> list[str]:
-    return [_row(headings[0], headings[1:]), "|---" * len(headings) + "|"]
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _row(label: str, cells: Iterable[str]) -> str:
-    return "| " + " | ".join([label, *cells]) + " |"
+def judged(differences: Sequence[Difference | None]) -> str:
+    """A difference in words: its mean over seeds and the widest interval; none where that holds zero."""
+    found = [d for d in differences if d is not None]
+    if not found:
+        return "-"
+    mean = sum(d.value for d in found) / len(found)
+    bounds = [(d.low, d.high) for d in found if d.low is not None and d.high is not None]
+    if len(bounds) < len(found):
+        return f"not judged ({mean:+.2f})"
+    low, high = min(b[0] for b in bounds), max(b[1] for b in bounds)
+    return f"none ({low:+.2f} to {high:+.2f})" if low <= 0 <= high else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _cell(found: pd.DataFrame, name: str, quantity: str) -> str:
+    """Mean, and its interval or range unless that has no width."""
+    if (name, quantity) not in found.index:
+        return "-"
+    mean, low, high = (shown(found.loc[(name, quantity), column]) for column in ("mean", "low", "high"))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def shown(value: float) -> str:
+    """Three digits; "n/a" for what is not finite."""
+    return f"{value:.3g}" if math.isfinite(value) else "n/a"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; short rows are filled up with their last cell."""
+    width = len(headings)
+    full = [[*row, *[row[-1]] * (width - len(row))] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * width, *full)]
