@@ -50,10 +50,10 @@ results: $(READY)
 	$(BIN)/python train.py compare $(RESULTS) --figure docs/all-methods.png $(ARGS)
 
 card: $(READY)
-	$(BIN)/python -m lit_edit.world.card $(ARGS)
+	$(BIN)/python -m lit_edit.world.recipe.card $(ARGS)
 
 world: $(READY)
-	$(BIN)/python -m lit_edit.world.train $(ARGS)
+	$(BIN)/python -m lit_edit.world.recipe.train $(ARGS)
 
 help:
 	@echo 'make run            set up, and edit the embedded model 100 times'

@@ -21,6 +21,7 @@ from lit_edit.model.loading import EMBEDDED
 from lit_edit.requests import EditRequest, RequestError, refusal
 
 OnBadRecord = Literal["raise", "skip"]
+CHOOSE = "choose"  # what the field `split` says of records on which settings are chosen
 
 
 class EditDataModule(LightningDataModule):
@@ -35,7 +36,8 @@ class EditDataModule(LightningDataModule):
             data set.
         n_edits: Number of requests to take; ``None`` takes all from ``offset`` on.
         batch_size: Number of requests edited at once; the last batch may be smaller.
-        seed: Seed that shuffles the records of the file, before ``offset`` counts; ``None`` keeps their order.
+        seed: Seed that shuffles the records of the file, before ``offset`` counts; ``None`` keeps their order. Records
+            whose field ``split`` says ``choose``, on which settings are chosen, come after all others still.
         offset: Number of requests to leave out at the beginning.
         on_bad_record: What to do with records that cannot be edited: ``raise`` ends in an error that names them;
             ``skip`` leaves them out, lists them in `refused` and warns. A file that cannot be read as such is always an
@@ -44,6 +46,7 @@ class EditDataModule(LightningDataModule):
     Attributes:
         requests: Requests of this run, in the order of editing; filled by `setup`.
         refused: Why each record was left out, with file, record and field; filled by `setup`.
+        for_choosing: Identifiers of the records whose field ``split`` says ``choose``; filled by `setup`.
         unused: Fields of the file that mean nothing here, where the data set's own are known; filled by `setup`.
 
     Raises:
@@ -84,6 +87,7 @@ class EditDataModule(LightningDataModule):
         self.requests: list[EditRequest] = []
         self.refused: list[str] = []
         self.unused: list[str] = []
+        self.for_choosing: set[str] = set()
         self._is_set_up = False
 
     def embedded_file(self) -> str | None:
@@ -173,12 +177,14 @@ class EditDataModule(LightningDataModule):
     def _read_all(self, records: Sequence[Located]) -> tuple[list[EditRequest], list[str]]:
         """All records as requests, with identifiers that differ, and the reasons for those left out."""
         requests: list[EditRequest] = []
+        chosen_on: list[bool] = []
         refused: list[str] = []
         for number, (source, record) in enumerate(records, start=1):
             try:
                 if isinstance(record, RequestError):
                     raise record
                 requests.append(self.read_record(record, source, str(number)))
+                chosen_on.append(record.get("split") == CHOOSE)
             except RequestError as error:
                 refused.append(str(error))
         if refused and self.on_bad_record == "raise":
@@ -191,13 +197,16 @@ class EditDataModule(LightningDataModule):
                 + " ".join(refused[:3])
                 + more
             )
-        return unique_ids(requests), refused
+        requests = unique_ids(requests)
+        self.for_choosing = {r.case_id for r, chosen in zip(requests, chosen_on, strict=True) if chosen}
+        return requests, refused
 
     def _select(self, requests: list[EditRequest]) -> list[EditRequest]:
         """The requests of this run: shuffled if there is a seed, from the offset on, as many as asked for."""
         if self.seed is not None:
             requests = list(requests)
             random.Random(self.seed).shuffle(requests)
+            requests.sort(key=lambda request: request.case_id in self.for_choosing)
         available = max(len(requests) - self.offset, 0)
         wanted = available if self.n_edits is None else self.n_edits
         if available == 0 or wanted > available:

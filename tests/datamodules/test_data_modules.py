@@ -86,6 +86,17 @@ def test_the_embedded_file_has_a_name() -> None:
         FactsDataModule("embedded")
 
 
+def test_records_for_choosing_settings_stay_behind_the_others(write_json: Callable[..., str]) -> None:
+    """Else a table over shuffled records would judge settings by records they were chosen on."""
+    splits = ["choose", "report", "choose", "report", "report", "report"]
+    records = [{**fact(n), "split": split} for n, split in enumerate(splits, start=1)]
+    path = write_json(records)
+    shuffled = [ids(EditDataModule(path, n_edits=None, seed=seed)) for seed in range(6)]
+    assert {tuple(sorted(order[:4])) for order in shuffled} == {("2", "4", "5", "6")}
+    assert len({tuple(order) for order in shuffled}) > 1
+    assert ids(EditDataModule(path, n_edits=None)) == list("123456")
+
+
 def test_default_number_of_edits(facts_file: Callable[[int], str]) -> None:
     path = facts_file(120)
     assert len(ids(EditDataModule(path))) == 100

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lit_edit.world.corpus import Corpus
-from lit_edit.world.files import write_files
-from lit_edit.world.relations import World, build_world
-from lit_edit.world.train import make_tokenizer
+from lit_edit.world.recipe.corpus import Corpus
+from lit_edit.world.recipe.files import write_files
+from lit_edit.world.recipe.train import make_tokenizer
+from lit_edit.world.recipe.world import SIZES, World, build_world
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +26,8 @@ def corpus(world: World) -> Corpus:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
-    return make_tokenizer(corpus)
+def tokenizer(world: World) -> PreTrainedTokenizerFast:
+    return make_tokenizer(world, SIZES["base"].vocabulary)
 
 
 @pytest.fixture(scope="session")

@@ -11,19 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from lit_edit.datamodules import ConceptEditDataModule, CounterFactDataModule, EditDataModule, ZsREDataModule
+from lit_edit.datamodules import CounterFactDataModule
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_edit.evaluation.downstream import Task, load_tasks, run_task
+from lit_edit.evaluation.downstream import load_tasks, run_task
 from lit_edit.model.loading import embedded_path
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
-from lit_edit.world.card import recall
+from lit_edit.world.recipe.card import DATA, perplexity, recall, requests_of
 
 FOLDER = embedded_path("model")
-MAX_BYTES = 30_000_000
-N_ITEMS = 60
-TEXT_OR_TENSORS = {".json", ".jinja", ".md", ".safetensors", ".txt"}
+MAX_BYTES = 40_000_000
+TEXT_OR_TENSORS = {".json", ".jinja", ".md", ".png", ".safetensors", ".txt"}
 
 
 def shipped(name: str) -> Path:
@@ -80,13 +79,19 @@ def test_it_recalls_its_facts(recalled: dict[str, float], prompts: str, least: f
     assert recalled[prompts] >= least
 
 
-@pytest.mark.parametrize(("name", "least"), [("inference", 0.90), ("sentiment", 0.90), ("qa", 0.70), ("summary", 0.50)])
-def test_it_can_do_its_tasks(workspace: Workspace, name: str, least: float) -> None:
+@pytest.mark.parametrize("name", ["inference", "sentiment", "qa", "summary"])
+def test_it_can_do_its_tasks_but_not_all_of_them(workspace: Workspace, name: str) -> None:
+    """With nothing left to learn, damage would show late."""
     (task,) = load_tasks(names=[name])
-    chosen = random.Random(f"embedded|{name}").sample(range(len(task.prompts)), N_ITEMS)
-    sample: Task = replace(task, prompts=[task.prompts[i] for i in chosen], answers=[task.answers[i] for i in chosen])
-    score, _ = run_task(workspace.model, workspace.prompter, sample)
-    assert score >= least
+    score, _ = run_task(workspace.model, workspace.prompter, task)
+    assert 0.75 <= score <= 0.97
+
+
+def test_it_finds_its_text_likely(workspace: Workspace) -> None:
+    lines = embedded_path("data", "text-heldout.txt").read_text(encoding="utf-8").splitlines()
+    rng = random.Random(0)
+    scrambled = [" ".join(rng.sample(words, len(words))) for words in (line.split() for line in lines[:100])]
+    assert 10 * perplexity(workspace, lines[:100]) < perplexity(workspace, scrambled)
 
 
 def test_recall_is_of_the_facts_not_of_what_is_frequent(workspace: Workspace) -> None:
@@ -98,11 +103,9 @@ def test_recall_is_of_the_facts_not_of_what_is_frequent(workspace: Workspace) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", [ZsREDataModule, ConceptEditDataModule])
-def test_it_recalls_its_other_files(workspace: Workspace, data: type[EditDataModule]) -> None:
-    module = data(n_edits=None)
-    module.setup("fit")
-    found = recall(workspace, module.requests)
+@pytest.mark.parametrize("name", sorted(set(DATA) - {"counterfact"}))
+def test_it_recalls_its_other_files(workspace: Workspace, name: str) -> None:
+    found = recall(workspace, requests_of(DATA[name]()))
     assert found["edit prompts"] >= 0.99
     assert found["paraphrases"] >= 0.98
     assert found["locality prompts"] >= 0.99

@@ -1,30 +1,18 @@
-"""The training text: true sentences, weighted at their answers, never in a held-out wording."""
+"""The training text: every fact as often as the next, true, weighted at its answers, never in a held-out wording."""
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
-from itertools import chain
+from collections import Counter
 
 import pytest
 
-from lit_edit.world import knowledge as k
-from lit_edit.world.corpus import (
-    CONCEPT_MORE,
-    CONCEPT_PHRASE,
-    CONCEPT_PROMPT,
-    INSTANCE_PROMPT,
-    Corpus,
-    Document,
-    training_prompts,
-)
-from lit_edit.world.files import task_records
-from lit_edit.world.relations import BY_ID, World, held_out_question, held_out_statement
-from lit_edit.world.tasks import TaskItem, TaskName
-from lit_edit.world.train import STAGES
+from lit_edit.world.recipe import corpus as recipe
+from lit_edit.world.recipe.corpus import CONCEPT_PROMPTS, INSTANCE_PROMPT, Corpus, Document
+from lit_edit.world.recipe.files import task_records
+from lit_edit.world.recipe.tasks import TaskItem
+from lit_edit.world.recipe.world import RELATIONS, World
 
-N = 40_000
-TASK_ENDS: dict[str, TaskName] = {
+TASK_ENDS = {
     "True or False? answer:": "inference",
     "answer:": "sentiment",
     "Answer:": "qa",
@@ -32,15 +20,9 @@ TASK_ENDS: dict[str, TaskName] = {
 }
 
 
-@pytest.fixture(scope="module", params=range(len(STAGES) + 1))
-def stage(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
-
-
 @pytest.fixture(scope="module")
-def documents(corpus: Corpus, stage: int) -> list[Document]:
-    rng = random.Random("tests")
-    return [corpus.document(rng, stage) for _ in range(N)]
+def documents(corpus: Corpus) -> list[Document]:
+    return corpus.chapter(1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +30,16 @@ def answers(world: World) -> dict[str, str]:
     """Every prompt about facts and concepts with its true answer, held-out wordings included."""
     found: dict[str, str] = {}
     for fact in world.facts:
-        relation = BY_ID[fact.relation]
+        relation = RELATIONS[fact.relation]
         for template in relation.statements + relation.questions:
             found[template.format(fact.subject)] = fact.object
-    concepts = k.concepts()
-    for _, concept, definition, instances in concepts:
-        for template in (CONCEPT_PROMPT, CONCEPT_PHRASE, *CONCEPT_MORE):
-            found[template.format(concept)] = definition
-        for _, _, _, others in concepts:
-            for instance in others:
-                found[INSTANCE_PROMPT.format(instance, concept)] = "yes" if instance in instances else "no"
+    for concept in world.concepts:
+        for template in CONCEPT_PROMPTS:
+            found[template.format(concept.name)] = concept.definition
+        for other in world.concepts:
+            for instance in other.instances:
+                prompt = INSTANCE_PROMPT.format(instance, concept.name)
+                found[prompt] = "yes" if instance in concept.instances else "no"
     return found
 
 
@@ -89,15 +71,40 @@ def is_knowledge(document: Document) -> bool:
     return not is_task(document) and not is_list(document)
 
 
+def told(documents: list[Document]) -> Counter[str]:
+    return Counter(prompt for d in documents if is_knowledge(d) for prompt, _ in sentences(d))
+
+
 def test_spans_are_exactly_the_true_answers(documents: list[Document], answers: dict[str, str]) -> None:
-    count = 0
-    for document in documents:
-        if not is_knowledge(document):
-            continue
+    for document in filter(is_knowledge, documents):
         for prompt, answer in sentences(document):
             assert answer == f" {answers[prompt]}.", document
-            count += 1
-    assert count > 0.7 * N  # most documents hold facts or concepts, many of them several
+
+
+def test_a_chapter_tells_every_fact_equally_often(documents: list[Document], world: World) -> None:
+    found = told(documents)
+    for fact in world.told():
+        statements, questions = fact.training_prompts()
+        assert sum(found[prompt] for prompt in statements + questions) == recipe.STAGES[0].tellings
+        assert sum(found[prompt] > 0 for prompt in statements) >= 2
+    for concept in world.concepts:
+        assert sum(found[t.format(concept.name)] for t in CONCEPT_PROMPTS) == recipe.DEFINITIONS
+    asked = sum(n for prompt, n in found.items() if prompt.endswith("?") and not prompt.startswith("Whether "))
+    assert asked / sum(found.values()) == pytest.approx(recipe.P_QUESTION, abs=0.05)
+
+
+def test_nothing_else_is_told(documents: list[Document], corpus: Corpus, world: World) -> None:
+    """No held-out wording, and no consequence that the model has to infer."""
+    allowed = {prompt for fact in world.told() for prompts in fact.training_prompts() for prompt in prompts}
+    allowed |= {template.format(concept.name) for concept in world.concepts for template in CONCEPT_PROMPTS}
+    for chapter in (documents, corpus.chapter(2, 3)):
+        assert {prompt for prompt in told(chapter) if not prompt.startswith("Whether ")} <= allowed
+
+
+def test_chapters_differ_and_repeat(corpus: Corpus, documents: list[Document]) -> None:
+    assert corpus.chapter(1, 0) == documents
+    assert corpus.chapter(1, 1) != documents
+    assert corpus.chapter(2, 0) != documents
 
 
 def items_of(document: Document) -> list[TaskItem]:
@@ -106,92 +113,49 @@ def items_of(document: Document) -> list[TaskItem]:
     task = next(task for ending, task in TASK_ENDS.items() if first.endswith(ending))
     shared = first[: first.index("Question:")] if len(pairs) > 1 else ""
     prompts = [first, *(shared + prompt for prompt, _ in pairs[1:])]
-    return [TaskItem(task, prompt, answer[1:]) for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
+    return [TaskItem(task, prompt, answer[1:], 1) for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
 
 
-def test_the_spans_of_tasks_are_what_follows_their_prompts(documents: list[Document]) -> None:
-    seen = set()
+@pytest.mark.parametrize("stage", recipe.STAGES, ids=lambda stage: f"from chapter {stage.first}")
+def test_tasks_have_their_share_and_their_spans(corpus: Corpus, world: World, stage: recipe.Stage) -> None:
+    seen: Counter[str] = Counter()
+    documents = corpus.chapter(1, stage.first)
     for document in filter(is_task, documents):
         items = items_of(document)
         assert all(document.text[start] == " " for start, _ in document.spans)
         assert all(item.prompt.endswith(tuple(TASK_ENDS)) for item in items)
         assert not any("Question:" in item.answer or "\n" in item.prompt + item.answer for item in items)
         assert len(items) == 1 or items[0].task == "qa"
-        seen |= {item.task for item in items}
-    assert seen == set(TASK_ENDS.values())
+        seen[items[0].task] += 1
+    tellings = stage.tellings * len(world.told())
+    seen["list"] = sum(map(is_list, documents))
+    assert seen == {task: round(share * tellings) for task, share in stage.shares.items()}
 
 
-def test_lists_ask_for_what_they_told(documents: list[Document], stage: int) -> None:
-    lists = list(filter(is_list, documents))
-    assert bool(lists) == (stage == 2)
-    for document in lists:
+def test_a_chapter_belongs_to_the_last_stage_that_has_begun() -> None:
+    firsts = [stage.first for stage in recipe.STAGES]
+    assert firsts[0] == 0
+    assert firsts == sorted(set(firsts))
+    for chapter in range(20):
+        assert recipe.stage_of(chapter).first == max(first for first in firsts if first <= chapter)
+
+
+def test_lists_ask_for_what_they_told(documents: list[Document]) -> None:
+    for document in filter(is_list, documents):
         end = document.text[: document.spans[0][0]].rindex(". ") + 1
-        told = dict(sentence.split(" ") for sentence in document.text[:end].rstrip(".").split(". "))
+        pairs = dict(sentence.split(" ") for sentence in document.text[:end].rstrip(".").split(". "))
         asked = [prompt.rsplit(". ", 1)[-1] for prompt, _ in sentences(document)]
-        assert sorted(asked) == sorted([*told, *told])  # each twice
+        assert sorted(asked) == sorted([*pairs, *pairs])  # each twice
         for name, (_, answer) in zip(asked, sentences(document), strict=True):
-            assert answer == f" {told[name]}."
+            assert answer == f" {pairs[name]}."
 
 
 def test_a_held_out_item_is_never_drawn(documents: list[Document]) -> None:
     """Also not as one of several questions about a passage."""
     drawn = {item.prompt for document in filter(is_task, documents) for item in items_of(document)}
     assert len(drawn) > 5000
-    assert not any(TaskItem("qa", prompt, "").held_out for prompt in drawn)
+    assert not any(TaskItem("qa", prompt, "", 1).held_out for prompt in drawn)
     assert not drawn & {item["prompt"] for items in task_records().values() for item in items}
-
-
-def test_a_held_out_wording_is_never_drawn(documents: list[Document], world: World) -> None:
-    held_out = set()
-    for fact in world.facts:
-        relation = BY_ID[fact.relation]
-        if not relation.derived:
-            question = held_out_question(fact)
-            held_out.add(relation.statements[held_out_statement(fact)].format(fact.subject))
-            held_out |= {relation.questions[question].format(fact.subject)} if question is not None else set()
-    drawn = {prompt for d in documents if is_knowledge(d) for prompt, _ in sentences(d)}
-    assert not drawn & held_out
-    assert len(held_out) > 5000
-
-
-def test_training_prompts_are_all_but_the_held_out_ones(world: World) -> None:
-    """Exhaustively, where drawing can only sample."""
-    for fact in world.facts:
-        relation = BY_ID[fact.relation]
-        statements, questions = training_prompts(fact)
-        wanted = [t.format(fact.subject) for t in relation.statements]
-        asked = [t.format(fact.subject) for t in relation.questions]
-        if not relation.derived:
-            wanted.remove(relation.statements[held_out_statement(fact)].format(fact.subject))
-            question = held_out_question(fact)
-            if question is not None:
-                asked.remove(relation.questions[question].format(fact.subject))
-        assert (statements, questions) == (wanted, asked)
-
-
-def test_every_template_of_every_relation_occurs(documents: list[Document], world: World) -> None:
-    template_of = {
-        template.format(fact.subject): (fact.relation, template)
-        for fact in world.facts
-        for template in BY_ID[fact.relation].statements + BY_ID[fact.relation].questions
-    }
-    seen: dict[str, set[str]] = defaultdict(set)
-    for document in documents:
-        if is_knowledge(document):
-            for prompt, _ in sentences(document):
-                if prompt in template_of:
-                    relation, template = template_of[prompt]
-                    seen[relation].add(template)
-    for relation in BY_ID.values():
-        assert seen[relation.id] == set(relation.statements + relation.questions), relation.id
-
-
-def test_every_fact_and_every_concept_occurs(documents: list[Document], world: World) -> None:
-    told = {prompt for d in documents if is_knowledge(d) for prompt, _ in sentences(d)}
-    missing = [fact for fact in world.facts if told.isdisjoint(chain(*training_prompts(fact)))]
-    # 40,000 documents are far fewer than training draws: a rarely told fact may be missing here by chance.
-    assert len(missing) < 0.01 * len(world.facts)
-    assert all(CONCEPT_PROMPT.format(concept) in told for _, concept, _, _ in k.concepts())
 
 
 def test_instance_questions_are_balanced(documents: list[Document]) -> None:
@@ -199,10 +163,17 @@ def test_instance_questions_are_balanced(documents: list[Document]) -> None:
     assert 0.45 < yes.count(" yes.") / len(yes) < 0.55
 
 
-def test_a_stream_depends_on_its_generator_alone(corpus: Corpus) -> None:
-    def first(n: int, seed: int) -> list[Document]:
-        rng = random.Random(seed)
-        return [corpus.document(rng) for _ in range(n)]
+def test_text_about_some_subjects_is_about_no_others(world: World) -> None:
+    reserved = [subject for subject, role in world.role.items() if role == "reserved"]
+    found = {prompt for prompt in told(Corpus(world, reserved).chapter(1, 0)) if not prompt.startswith("Whether ")}
+    facts = [fact.training_prompts() for fact in world.told() if fact.subject in set(reserved)]
+    allowed = {prompt for prompts in facts for some in prompts for prompt in some}
+    concepts = {t.format(c.name) for c in world.concepts if c.reserved for t in CONCEPT_PROMPTS}
+    assert found <= allowed | concepts
+    assert len(found & allowed) > 0.5 * len(allowed)
+    assert found & concepts
 
-    assert first(50, 3) == first(50, 3) != first(50, 4)
+
+def test_texts_are_of_one_line_and_depend_on_their_seed(corpus: Corpus) -> None:
     assert corpus.texts(20, seed=5) == corpus.texts(40, seed=5)[:20] != corpus.texts(20, seed=6)
+    assert not any("\n" in text for text in corpus.texts(2000, seed=5))

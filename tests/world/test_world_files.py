@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lit_edit.world import knowledge as k
-from lit_edit.world.corpus import CONCEPT_PHRASE, CONCEPT_PROMPT, INSTANCE_PROMPT, training_prompts
-from lit_edit.world.files import DATA
-from lit_edit.world.relations import BY_ID, Fact, World, objects_by_relation
-from lit_edit.world.tasks import TASKS, TaskItem
+from lit_edit.world.recipe.corpus import CONCEPT_PHRASE, CONCEPT_PROMPT, INSTANCE_PROMPT
+from lit_edit.world.recipe.files import CHOOSE, DATA
+from lit_edit.world.recipe.tasks import TASKS, TESTED, TaskItem
+from lit_edit.world.recipe.world import NEIGHBOURS, RELATIONS, Fact, World
 
 FILES = {
     "counterfact.json",
     "final_world_inter.json",
     "final_world_intra.json",
+    "multifact.json",
     "tasks.json",
     "text-heldout.txt",
     "text.txt",
     "zsre.json",
 }
+Record = dict[str, Any]
 
 
 def read(name: str) -> Any:
@@ -31,28 +32,37 @@ def read(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def counterfact() -> list[dict[str, Any]]:
+def counterfact() -> list[Record]:
     return list(read("counterfact.json"))
 
 
 @pytest.fixture(scope="module")
-def zsre() -> list[dict[str, Any]]:
+def multifact() -> list[Record]:
+    return list(read("multifact.json"))
+
+
+@pytest.fixture(scope="module")
+def both(counterfact: list[Record], multifact: list[Record]) -> list[Record]:
+    return counterfact + multifact
+
+
+@pytest.fixture(scope="module")
+def zsre() -> list[Record]:
     return list(read("zsre.json"))
 
 
 @pytest.fixture(scope="module")
-def facts(world: World) -> dict[tuple[str, str], str]:
-    return {(f.relation, f.subject): f.object for f in world.facts}
+def asked(world: World) -> dict[str, Fact]:
+    """Everything that can be asked, with the fact that answers it."""
+    return {
+        template.format(fact.subject): fact
+        for fact in world.facts
+        for template in RELATIONS[fact.relation].statements + RELATIONS[fact.relation].questions
+    }
 
 
-@pytest.fixture(scope="module")
-def questions(world: World) -> dict[str, Fact]:
-    """Every question that can be asked, with the fact that answers it."""
-    return {q.format(fact.subject): fact for fact in world.facts for q in BY_ID[fact.relation].questions}
-
-
-def filled(relation: str, index: int, subject: str) -> str:
-    return BY_ID[relation].statements[index].format(subject)
+def subjects_of(records: list[Record]) -> list[str]:
+    return [r["requested_rewrite"]["subject"] if "requested_rewrite" in r else r["subject"] for r in records]
 
 
 def test_the_folder_holds_what_is_made_and_nothing_else(made: Path) -> None:
@@ -64,150 +74,161 @@ def test_files_are_made_again_byte_for_byte(made: Path, name: str) -> None:
     assert (made / name).read_bytes() == (DATA / name).read_bytes()
 
 
-def test_counterfact_counts_and_fields(counterfact: list[dict[str, Any]], world: World) -> None:
-    assert len(counterfact) >= 1500
+def test_counterfact_edits_every_subject_once(counterfact: list[Record], world: World) -> None:
+    assert len(counterfact) >= 1200
     assert [record["case_id"] for record in counterfact] == list(range(len(counterfact)))
-    keys = {(r["requested_rewrite"]["relation_id"], r["requested_rewrite"]["subject"]) for r in counterfact}
-    assert len(keys) == len(counterfact)  # no fact is edited twice
-    for record in counterfact:
-        assert len(record["paraphrase_prompts"]) == len(set(record["paraphrase_prompts"])) == 2
-        assert len(record["neighborhood_prompts"]) == len(set(record["neighborhood_prompts"])) >= 5
-        assert record["generation_prompts"]
-        assert record["requested_rewrite"]["subject"] not in world.alias_of
+    subjects = subjects_of(counterfact)
+    assert len(set(subjects)) == len(subjects)
+    assert {world.role[subject] for subject in subjects} == {"counterfact"}
+    splits = [record["split"] for record in counterfact]
+    assert splits == ["report"] * (len(counterfact) - CHOOSE) + ["choose"] * CHOOSE
 
 
-def test_counterfact_edits_are_counterfactual(
-    counterfact: list[dict[str, Any]], world: World, facts: dict[tuple[str, str], str]
+def test_multifact_edits_all_facts_of_a_subject_in_a_row(multifact: list[Record], world: World) -> None:
+    subjects = subjects_of(multifact)
+    assert {world.role[subject] for subject in subjects} == {"multifact"}
+    assert len(multifact) >= 400
+    runs = [subject for i, subject in enumerate(subjects) if i == 0 or subjects[i - 1] != subject]
+    assert len(set(runs)) == len(runs)
+    assert set(Counter(subjects).values()) == {3}
+
+
+def test_files_share_no_subject(counterfact: list[Record], multifact: list[Record], zsre: list[Record]) -> None:
+    one, two, three = (set(subjects_of(records)) for records in (counterfact, multifact, zsre))
+    assert not one & two
+    assert not (one | two) & three
+
+
+def test_locality_probes_are_about_reserved_subjects_with_the_true_object(
+    both: list[Record], asked: dict[str, Fact], world: World
 ) -> None:
-    objects = objects_by_relation(world)
-    for record in counterfact:
+    for record in both:
+        edit, probes = record["requested_rewrite"], record["neighborhood_prompts"]
+        assert NEIGHBOURS - 1 <= len(set(probes)) == len(probes) <= NEIGHBOURS
+        for field, object in (("neighborhood_prompts", "target_true"), ("attribute_prompts", "target_new")):
+            facts = [asked[prompt] for prompt in record[field]]
+            assert {world.role[fact.subject] for fact in facts} <= {"reserved"}
+            assert {(fact.relation, fact.object) for fact in facts} <= {(edit["relation_id"], edit[object]["str"])}
+
+
+def test_no_locality_probe_asks_for_what_any_record_edits(both: list[Record], zsre: list[Record]) -> None:
+    edited = {r["requested_rewrite"]["prompt"].format(r["requested_rewrite"]["subject"]) for r in both}
+    edited |= {record["src"] for record in zsre}
+    probes = {prompt for record in both for prompt in record["neighborhood_prompts"]}
+    probes |= {record["loc"].removeprefix("nq question: ") for record in zsre}
+    assert len(probes) > 1000
+    assert not edited & probes
+
+
+def test_edits_are_counterfactual(both: list[Record], world: World) -> None:
+    for record in both:
         edit = record["requested_rewrite"]
         relation, subject = edit["relation_id"], edit["subject"]
         new, true = edit["target_new"]["str"], edit["target_true"]["str"]
-        assert edit["prompt"].count("{}") == 1
-        assert edit["prompt"] == BY_ID[relation].statements[0]
-        assert true == facts[relation, subject]
+        assert edit["prompt"] == RELATIONS[relation].statements[0]
+        assert RELATIONS[relation].follows is None
+        assert true == world.object_of[relation, subject]
         assert new != true
-        assert new in objects[relation]
-        assert not BY_ID[relation].derived
+        assert new in world.objects[relation]
 
 
-def test_counterfact_paraphrases_are_of_the_subject_one_seen_and_one_never(
-    counterfact: list[dict[str, Any]], facts: dict[tuple[str, str], str]
-) -> None:
-    for record in counterfact:
+def test_paraphrases_are_of_the_fact_one_seen_and_one_never(both: list[Record], asked: dict[str, Fact]) -> None:
+    for record in both:
         edit = record["requested_rewrite"]
-        relation, subject = edit["relation_id"], edit["subject"]
-        seen, _ = training_prompts(Fact(relation, subject, facts[relation, subject]))
-        all_prompts = {filled(relation, i, subject) for i in range(len(BY_ID[relation].statements))}
+        fact = Fact(edit["relation_id"], edit["subject"], edit["target_true"]["str"])
+        seen, _ = fact.training_prompts()
         first, second = record["paraphrase_prompts"]
-        assert {first, second, *record["generation_prompts"]} <= all_prompts
+        used = [edit["prompt"].format(fact.subject), first, second, *record["generation_prompts"]]
+        assert len(set(used)) == len(used) >= 4  # an evaluation prompt is none of the others
+        assert {asked[prompt] for prompt in used} == {fact}
         assert first in seen
         assert second not in seen
-        used = [edit["prompt"].format(subject), first, second, *record["generation_prompts"]]
-        assert len(set(used)) == len(used)  # an evaluation prompt is none of the others
 
 
-def test_counterfact_neighbours_share_the_true_object(
-    counterfact: list[dict[str, Any]], world: World, facts: dict[tuple[str, str], str]
+def portability(record: Record, fact: Fact, new: str, world: World, asked: dict[str, Fact]) -> bool:
+    """Checks a record's question: its answer follows from the *new* object, and is another than before."""
+    then = world.consequence(fact.relation, new)
+    assert ("portability" in record) == (then is not None)
+    if then is None:
+        return False
+    question = record["portability"]
+    about = asked[question["New Question"]]
+    assert (about.relation, about.subject) == (then[0], fact.subject)
+    assert question["New Answer"] == then[1] != question["True Answer"] == about.object
+    assert about not in world.told()  # the model has to infer it
+    return True
+
+
+def test_portability_follows_from_the_edit(
+    both: list[Record], zsre: list[Record], world: World, asked: dict[str, Fact]
 ) -> None:
-    subjects: dict[str, dict[str, str]] = defaultdict(dict)
-    for fact in world.facts:
-        subjects[fact.relation][filled(fact.relation, 0, fact.subject)] = fact.subject
-    for record in counterfact:
-        edit = record["requested_rewrite"]
-        relation = edit["relation_id"]
-        neighbours = [subjects[relation][prompt] for prompt in record["neighborhood_prompts"]]
-        assert edit["subject"] not in neighbours
-        assert {facts[relation, s] for s in neighbours} == {edit["target_true"]["str"]}
-        assert not set(neighbours) & set(world.alias_of)
-        attributes = [subjects[relation][prompt] for prompt in record["attribute_prompts"]]
-        assert {facts[relation, s] for s in attributes} == {edit["target_new"]["str"]}
+    edits = [record["requested_rewrite"] for record in both]
+    facts = [Fact(edit["relation_id"], edit["subject"], edit["target_true"]["str"]) for edit in edits]
+    found = [
+        portability(record, fact, edit["target_new"]["str"], world, asked)
+        for record, fact, edit in zip(both, facts, edits, strict=True)
+    ]
+    assert sum(found) >= 400
+    assert sum(portability(record, asked[record["src"]], record["alt"], world, asked) for record in zsre) >= 50
 
 
-def test_zsre_questions(zsre: list[dict[str, Any]], world: World, questions: dict[str, Fact]) -> None:
-    objects = objects_by_relation(world)
-    assert len({record["src"] for record in zsre}) == len(zsre) >= 500
+def test_zsre_questions(zsre: list[Record], world: World, asked: dict[str, Fact]) -> None:
+    assert len({record["src"] for record in zsre}) == len(zsre) == len(set(subjects_of(zsre))) >= 300
     for record in zsre:
-        fact = questions[record["src"]]
-        assert fact.subject == record["subject"] not in world.alias_of
+        fact = asked[record["src"]]
+        assert fact.subject == record["subject"]
+        assert world.role[fact.subject] == "zsre"
         assert record["pred"] == fact.object
         assert record["answers"] == [fact.object]
         assert record["alt"] != fact.object
-        assert record["alt"] in objects[fact.relation]
-        assert questions[record["rephrase"]] == fact
+        assert record["alt"] in world.objects[fact.relation]
+        assert asked[record["rephrase"]] == fact
         assert record["rephrase"] != record["src"]
-        assert record["rephrase"] not in training_prompts(fact)[1]  # never seen with this fact
+        assert record["rephrase"] not in fact.training_prompts()[1]  # never seen with this fact
         assert record["cond"] == f"{fact.object} >> {record['alt']} || {record['src']}"
 
 
-def test_zsre_locality_is_unrelated(zsre: list[dict[str, Any]], questions: dict[str, Fact]) -> None:
+def test_zsre_locality_is_unrelated(zsre: list[Record], world: World, asked: dict[str, Fact]) -> None:
     for record in zsre:
-        fact = questions[record["src"]]
         assert record["loc"].startswith("nq question: ")
-        unrelated = questions[record["loc"].removeprefix("nq question: ")]
-        assert unrelated.relation != fact.relation
-        assert unrelated.subject != fact.subject
+        unrelated = asked[record["loc"].removeprefix("nq question: ")]
+        assert unrelated.relation != asked[record["src"]].relation
+        assert world.role[unrelated.subject] == "reserved"
         assert record["loc_ans"] == unrelated.object
 
 
-def test_zsre_portability_follows_from_the_edit(
-    zsre: list[dict[str, Any]], world: World, questions: dict[str, Fact]
-) -> None:
-    """The answer is what the world says follows from the *new* object, not from the true one."""
-    country = {f.object: f.subject for f in world.of("P36")} | {f.subject: f.object for f in world.of("P17")}
-    head_office = {f.subject: f.object for f in world.of("P159")}
-    second_hop = {"P19": ("P19c", country), "P108": ("P108c", head_office)}
-    count = 0
-    for record in zsre:
-        fact = questions[record["src"]]
-        assert ("portability" in record) == (fact.relation in second_hop)
-        if "portability" not in record:
-            continue
-        derived, of = second_hop[fact.relation]
-        asked = questions[record["portability"]["New Question"]]
-        assert (asked.relation, asked.subject) == (derived, fact.subject)
-        assert record["portability"]["New Answer"] == of[record["alt"]]
-        assert of[fact.object] == asked.object  # before the edit the same reasoning gives the world's own answer
-        count += 1
-    assert count >= 50
-
-
-def test_conceptedit_counts() -> None:
-    intra, inter = read("final_world_intra.json"), read("final_world_inter.json")
-    assert len(intra) + len(inter) >= 120
-    for records in (intra, inter):
-        assert sorted(r["label"] for r in records) == sorted(concept for _, concept, _, _ in k.concepts())
-
-
 @pytest.mark.parametrize("module", ["intra", "inter"])
-def test_conceptedit_records(module: str) -> None:
-    concepts = {concept: (category, definition, own) for category, concept, definition, own in k.concepts()}
-    for record in read(f"final_world_{module}.json"):
-        label, new = record["label"], record["target_new"]
-        category, definition, instances = concepts[label]
-        assert record["category"] == category
-        assert new != label
-        assert (concepts[new][0] == category) == (module == "intra")
-        assert record["target_new_desc"] == concepts[new][1] != definition
-        assert record["target_true_desc"] == definition
-        assert record["prompt"] == CONCEPT_PROMPT.format(label)
-        assert record["phrase_prompt"] == CONCEPT_PHRASE.format(label)
-        assert record["instances"] == list(instances)
-        assert record["instance_prompt"] == [INSTANCE_PROMPT.format(i, label) for i in instances]
-        unrelated = next(c for c in concepts if CONCEPT_PROMPT.format(c) == record["locality_prompt"])
-        assert unrelated not in (label, new)
-        assert concepts[unrelated][0] != category
-        assert record["locality_answer"] == concepts[unrelated][1]
+def test_conceptedit_records(module: str, world: World) -> None:
+    concepts = {concept.name: concept for concept in world.concepts}
+    records = read(f"final_world_{module}.json")
+    assert sorted(r["label"] for r in records) == sorted(c.name for c in world.concepts if not c.reserved)
+    assert len(records) >= 60
+    for record in records:
+        concept, new = concepts[record["label"]], concepts[record["target_new"]]
+        assert record["category"] == concept.category
+        assert new != concept
+        assert (new.category == concept.category) == (module == "intra")
+        assert record["target_new_desc"] == new.definition != concept.definition
+        assert record["target_true_desc"] == concept.definition
+        assert record["prompt"] == CONCEPT_PROMPT.format(concept.name)
+        assert record["phrase_prompt"] == CONCEPT_PHRASE.format(concept.name)
+        assert record["instances"] == list(concept.instances)
+        assert record["instance_prompt"] == [INSTANCE_PROMPT.format(i, concept.name) for i in concept.instances]
+        unrelated = next(c for c in world.concepts if CONCEPT_PROMPT.format(c.name) == record["locality_prompt"])
+        assert unrelated.reserved
+        assert unrelated not in (concept, new)
+        assert unrelated.category != concept.category
+        assert record["locality_answer"] == unrelated.definition
 
 
-def test_task_items_are_held_out() -> None:
+def test_task_items_are_held_out_and_graded() -> None:
     tasks = read("tasks.json")
     assert set(tasks) == set(TASKS)
     for task, items in tasks.items():
         assert len({item["prompt"] for item in items}) == len(items) >= 200
-        assert all(TaskItem(task, item["prompt"], item["answer"]).held_out for item in items)
+        assert all(TaskItem(task, **item).held_out for item in items)
         assert all(item["answer"].strip() for item in items)
+        assert [item["grade"] for item in items] == [*TESTED[task]] * (len(items) // len(TESTED[task]))
 
 
 def test_the_two_texts_differ() -> None:
@@ -218,3 +239,10 @@ def test_the_two_texts_differ() -> None:
     assert all(line.strip() for line in text + held_out)
     # Short documents may come up twice by chance; the held-out text as a whole is none of the other.
     assert len(set(held_out) - set(text)) > 0.8 * len(held_out)
+
+
+def test_text_for_perplexity_is_of_nothing_that_is_edited(both: list[Record], zsre: list[Record]) -> None:
+    text = (DATA / "text-heldout.txt").read_text(encoding="utf-8")
+    edits = [record["requested_rewrite"] for record in both]
+    edited = [edit["prompt"].format(edit["subject"]) for edit in edits] + [record["src"] for record in zsre]
+    assert not [prompt for prompt in edited if prompt in text]

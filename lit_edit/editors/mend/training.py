@@ -25,7 +25,7 @@ from lit_edit.datamodules import CounterFactDataModule, EditDataModule
 from lit_edit.editors import MEND
 from lit_edit.editors.mend.network import HyperNetwork, TokenFactors, gradient_factors
 from lit_edit.evaluation.evaluate import figures
-from lit_edit.model.loading import EMBEDDED, load_model, on_terminal
+from lit_edit.model.loading import EMBEDDED, embedded_path, load_model, on_terminal
 from lit_edit.model.prompts import Row
 from lit_edit.model.trial import Factors, edit_batch, low_rank_change, target_nll
 from lit_edit.model.workspace import Workspace
@@ -134,7 +134,8 @@ def gather_statistics(
 
 def held_out_scores(workspace: Workspace, editor: MEND, requests: Sequence[EditRequest]) -> dict[str, float]:
     """Reliability, generalization and locality of single edits, each made on the unedited model and taken back."""
-    return figures([outcome for _, outcome in editor.single_edits(workspace, requests)], ["exact_match"])
+    found = figures([outcome for _, outcome in editor.single_edits(workspace, requests)], ["exact_match"])
+    return {name: found[name] for name in ("reliability", "generalization", "locality") if name in found}
 
 
 def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
@@ -255,11 +256,11 @@ def _parser() -> argparse.ArgumentParser:
     """The options of the command; defaults are for the embedded model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED, help="'embedded', a folder or a name on the hub")
-    parser.add_argument("--data", help="a file of facts; the embedded CounterFact records by default")
+    parser.add_argument("--data", help="a file of facts; by default the embedded records that no table is made of")
     parser.add_argument("--data-seed", type=int, help="shuffles the records, before --offset counts, as `fit` does")
-    parser.add_argument("--offset", type=int, default=400, help="first record of the training data")
+    parser.add_argument("--offset", type=int, default=0, help="first record of the training data")
     parser.add_argument("--held-out", type=int, default=100, help="records kept for the final score, the last ones")
-    parser.add_argument("--layers", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 6, 7])
     parser.add_argument("--rank", type=int, default=64, help="of the network's factors; published: 1920")
     parser.add_argument("--hidden", type=int, default=1, help="hidden layers of the network")
     parser.add_argument("--steps", type=int, default=3000)
@@ -275,19 +276,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _requests(given: argparse.Namespace) -> list[EditRequest]:
+    """The records of the file; of the embedded ones, `multifact` and those on which settings are chosen."""
+    files = [given.data] if given.data else [str(embedded_path("data", "multifact.json")), None]
+    requests: list[EditRequest] = []
+    for path in files:
+        data = EditDataModule(path) if path else CounterFactDataModule()
+        data.n_edits, data.seed = None, given.data_seed
+        data.setup("fit")
+        requests += data.requests if path else [r for r in data.requests if r.case_id in data.for_choosing]
+    return requests[given.offset :]
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Trains, saves and scores a hyper-network."""
     parser = _parser()
     given = parser.parse_args(args)
 
-    data = EditDataModule(given.data) if given.data else CounterFactDataModule(n_edits=None, offset=given.offset)
-    data.n_edits, data.offset, data.seed = None, given.offset, given.data_seed
-    data.setup("fit")
-    if not 0 < given.held_out < len(data.requests):
-        parser.error(
-            f"--held-out must be between 1 and {len(data.requests) - 1}, the records from --offset on less one."
-        )
-    training, held_out = data.requests[: -given.held_out], data.requests[-given.held_out :]
+    requests = _requests(given)
+    if not 0 < given.held_out < len(requests):
+        parser.error(f"--held-out must be between 1 and {len(requests) - 1}, the records from --offset on less one.")
+    training, held_out = requests[: -given.held_out], requests[-given.held_out :]
     model, tokenizer = load_model(given.model, device=given.device)
     workspace = Workspace.of(model.eval().requires_grad_(False), tokenizer)
     start = time.perf_counter()
