@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import warnings
@@ -11,7 +12,6 @@ import pytest
 from lit_edit.configs.find import find_config
 
 from lit_edit.cli import _resolve, _Unstarted
-from lit_edit.commands.compare.command import parser
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "papers.md").read_text(encoding="utf-8")
 COMMANDS = [shlex.split(span)[1:] for span in re.findall(r"`(train\.py [^`]*)`", TEXT) if "RUN" not in span]
@@ -49,8 +49,10 @@ def test_comparisons_name_configurations_that_exist() -> None:
     compared = [words for words in COMMANDS if words[0] == "compare"]
     assert len(compared) > 10
     for words in compared:
-        options, _ = parser().parse_known_args(words[1:])
-        for name in options.configs:
+        after = words[words.index("--configs") + 1 :]
+        names = list(itertools.takewhile(lambda word: not word.startswith("--"), after))
+        assert names, words
+        for name in names:
             for part in name.split("+"):
                 find_config(part)
 
