@@ -57,7 +57,7 @@ def test_what_is_kept_is_listed_and_cleared(given: list[str], tmp_path: Path, ca
     said = capsys.readouterr().out
     assert "2 files" in said
     assert {made.header.layers for made in kept(folder) if made.header} == {
-        ("model.layers.1.mlp.down_proj",), ("model.layers.2.mlp.down_proj",),
+        ("model.layers.1.mlp.down_proj.weight",), ("model.layers.2.mlp.down_proj.weight",),
     }  # fmt: skip
     assert main(["statistics", "--clear", "--older_than", "30", *place]) == 0
     assert "1 file, " in capsys.readouterr().out
