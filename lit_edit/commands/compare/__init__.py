@@ -25,8 +25,7 @@ Seeds: seed 0 takes the requests in the order of the file, as `fit` does; every 
 first n_edits are taken. All methods get the very same edits with the same seed, which is checked. It is the seed of
 the sampled contexts, too, and of everything else that is random (--data.seed, --model.seed, --seed_everything of fit).
 
-Each run gets its share of the cores as OMP_NUM_THREADS, unless that is set: another number of threads changes how sums
-round.
+Each of several runs at a time gets its share of the cores as OMP_NUM_THREADS, unless that is set.
 
 In the folder of --out: table.md (every point in --at, differences, seconds per edit by stage), table.csv, table.json,
 figure.png (eight methods each: figure-2.png has the next), and per run <method>/seed-<seed> with log.txt,

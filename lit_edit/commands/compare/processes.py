@@ -25,13 +25,15 @@ POLL = 0.2  # seconds
 GRACE = 20.0  # seconds for a run that was told to end: it may be in the middle of an edit
 
 
-def threads_per_run(jobs: int, environment: Mapping[str, str]) -> int:
+def threads_per_run(jobs: int, environment: Mapping[str, str]) -> int | None:
     """CPU threads of each of several runs at a time: ``OMP_NUM_THREADS`` where it is set, else an equal share.
 
-    Sums round differently with another number of threads, and a run of hundreds of edits drifts apart by it.
+    None for one run at a time where nothing is set: it chooses by the size of its model, as ``fit`` does.
     """
     if environment.get(THREADS, "").isdigit():
         return max(1, int(environment[THREADS]))
+    if jobs == 1:
+        return None
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, available // jobs)
 
@@ -39,10 +41,10 @@ def threads_per_run(jobs: int, environment: Mapping[str, str]) -> int:
 class Processes:
     """The processes of runs; after `end` none is started any more."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int | None) -> None:
         self.going: dict[Run, subprocess.Popen[bytes]] = {}
         self.begun: dict[Run, float] = {}
-        self._environment = {**os.environ, THREADS: str(threads)}
+        self._environment = {**os.environ, **({} if threads is None else {THREADS: str(threads)})}
         self._lock = threading.Lock()
         self._ended = False
 
@@ -78,13 +80,13 @@ class Processes:
                 process.kill()  # of a process that has ended this does nothing
 
 
-def run_all(runs: Sequence[Run], jobs: int, threads: int, console: Console) -> list[Run]:
+def run_all(runs: Sequence[Run], jobs: int, threads: int | None, console: Console) -> list[Run]:
     """Makes every run that is not complete.
 
     Args:
         runs: In the order in which they are started.
         jobs: Number at a time.
-        threads: CPU threads of each.
+        threads: CPU threads of each; None leaves them to the runs.
         console: Where progress is said; a terminal also sees the runs that are going on.
 
     Returns:
