@@ -14,9 +14,10 @@ from helpers.models import tiny_model
 from torch.nn.functional import cross_entropy
 
 from lit_edit.evaluation.evaluate import Reference
+from lit_edit.evaluation.tracing import Trace, draw
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest, Probe
-from lit_edit.world.recipe import card, tracing
+from lit_edit.world.recipe import card
 
 FACTS = [("Paris", "The city of Paris is in"), ("Oslo", "People in Oslo pay with"), ("Rome", "Rome is the home of")]
 
@@ -85,30 +86,6 @@ def test_perplexity_is_of_all_tokens_but_the_first(tiny: tuple[Any, Any]) -> Non
     assert card.perplexity(Workspace.of(model, tokenizer), texts) == pytest.approx(expected, rel=1e-4)
 
 
-def test_tracing_gives_back_what_a_state_holds(tiny: tuple[Any, Any], requests: list[EditRequest]) -> None:
-    """At the last layer and token the hidden state is the answer; elsewhere at the last layer nothing follows."""
-    found = tracing.indirect_effects(*tiny, requests)
-    gain = found["clean"] - found["corrupted"]
-    assert abs(gain) > 1e-4  # the noise is felt
-    layers = tiny[0].config.num_hidden_layers
-    assert all(len(found[f"{state}, {token}"]) == layers for state in tracing.STATES for token in tracing.TOKENS)
-    assert found["hidden state, last token"][-1] == pytest.approx(gain, abs=1e-6)
-    for state in tracing.STATES:
-        assert found[f"{state}, last subject token"][-1] == pytest.approx(0, abs=1e-6)
-    assert tracing.indirect_effects(*tiny, requests) == found
-    assert tracing.indirect_effects(*tiny, requests, seed=1) != found
-    assert all(not module._forward_hooks for module in tiny[0].modules())
-
-
-def test_tracing_without_noise_finds_nothing(
-    tiny: tuple[Any, Any], requests: list[EditRequest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tracing, "NOISE", 0.0)
-    found = tracing.indirect_effects(*tiny, requests)
-    assert found["clean"] == pytest.approx(found["corrupted"], abs=1e-6)
-    assert max(abs(x) for values in found.values() if isinstance(values, list) for x in values) < 1e-6
-
-
 def test_single_edits_leave_the_model_as_it_was(tiny: tuple[Any, Any], requests: list[EditRequest]) -> None:
     model, tokenizer = copy.deepcopy(tiny)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -143,8 +120,8 @@ def test_the_shipped_card_is_made_of_the_shipped_figures() -> None:
 
 def test_the_shipped_figure_is_drawn_from_the_shipped_tracing(tmp_path: Path) -> None:
     folder = card.embedded_path("model")
-    figures = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    tracing.draw(figures["tracing"], tmp_path / "tracing.png")
-    assert (
-        (folder / "tracing.png").read_bytes()[:8] == (tmp_path / "tracing.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    )
+    trace = Trace(**json.loads((folder / "scores.json").read_text(encoding="utf-8"))["tracing"])
+    assert trace.facts >= 100
+    assert 2 <= trace.strongest() <= 5  # facts lie in the middle layers
+    draw(trace, tmp_path / "tracing.png")
+    assert (tmp_path / "tracing.png").read_bytes() == (folder / "tracing.png").read_bytes()

@@ -29,12 +29,12 @@ from lit_edit.editors.values import NormClamp, NormMatched, ValueOptimizer
 from lit_edit.evaluation.downstream import Task, load_tasks, run_task
 from lit_edit.evaluation.evaluate import Reference, figures
 from lit_edit.evaluation.scores import score_targets
+from lit_edit.evaluation.tracing import Trace, draw, indirect_effects
 from lit_edit.files import write_json
 from lit_edit.model.loading import EMBEDDED, embedded_path, load_model
 from lit_edit.model.workspace import Workspace
 from lit_edit.requests import EditRequest
 from lit_edit.session import EditSession
-from lit_edit.world.recipe.tracing import draw, indirect_effects
 from lit_edit.world.recipe.world import build_world
 
 SINGLE_EDITS = 50
@@ -215,9 +215,8 @@ def measure(
         part(task.name, partial(_score_of, workspace, task), tasks)
         part(f"{task.name}, items", partial(len, task.prompts), tasks)
     requests = requests_of(DATA["counterfact"]())
-    part("traced", lambda: TRACED)
-    part("tracing", lambda: indirect_effects(model, tokenizer, requests[:TRACED]))
-    draw(found["tracing"], out / "tracing.png")
+    part("tracing", lambda: indirect_effects(workspace, requests[:TRACED]).as_json())
+    draw(Trace(**found["tracing"]), out / "tracing.png")
     if n_single:
         part("n_single", lambda: n_single)
         reference = Reference()
@@ -298,8 +297,8 @@ def card_text(figures: dict[str, Any]) -> str:
         "",
         "## Where facts are",
         "",
-        f"Causal tracing over {figures['traced']} facts: the subject's embeddings are disturbed, one state is put "
-        f"back. Mean probability of the answer: {figures['tracing']['clean']:.2f} undisturbed, "
+        f"Causal tracing over {figures['tracing']['facts']} facts: the subject's embeddings are disturbed, one state "
+        f"is put back. Mean probability of the answer: {figures['tracing']['clean']:.2f} undisturbed, "
         f"{figures['tracing']['corrupted']:.2f} disturbed.",
         "",
         "![What one state gives back of the answer's probability, by layer](tracing.png)",
