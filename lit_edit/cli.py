@@ -57,7 +57,7 @@ from lit_edit.module import CHECKPOINT_KEY, LitEdit
 from lit_edit.program import TRACEBACK, program
 from lit_edit.runs.board import EditBoard
 from lit_edit.runs.interrupts import Interrupted
-from lit_edit.runs.results import ResultsLogger, headlines, machine
+from lit_edit.runs.results import FILE_NAME, ResultsLogger, headlines, machine
 from lit_edit.threads import threads_for, threads_line
 from lit_edit.trust import check_classes, enforce, refusal
 from lit_edit.units import counted
@@ -305,6 +305,11 @@ class EditCLI(LightningCLI):
         parser.add_argument(
             RESUME, help="go on with an interrupted run: its folder, or `last`; other options as it was started with"
         )
+        parser.add_argument(
+            "--folder",
+            type=str | None,
+            help="folder of the run, instead of a new one, runs/<configuration>/version_<n>",
+        )
         parser.add_lightning_class_args(Retention, "retention")
         parser.add_lightning_class_args(MatrixStability, "stability")
         parser.add_lightning_class_args(DownstreamEval, "downstream")
@@ -425,6 +430,15 @@ class EditCLI(LightningCLI):
         """Of the run: the one resumed, or a new one, made at once so that runs that start together do not share it."""
         if self.resumed is not None:
             return self.resumed
+        if given := self._get(self.config_init, "folder"):
+            folder = Path(given).expanduser()
+            if (folder / FILE_NAME).exists() and not self._get(self.config_init, "ckpt_path"):
+                raise ValueError(
+                    f"{folder} holds a run already: --resume {folder} goes on with it, or name a new --folder."
+                )
+            self._made = _missing(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
         path = self._get(self.config_init, "ckpt_path")
         if path and (run := Path(path).expanduser().resolve().parent.parent).parent == runs.resolve():
             return runs / run.name

@@ -612,3 +612,15 @@ def test_null_switches_the_general_abilities_off(arguments: Command, tmp_path: P
         (tasks,) = (callback.tasks for callback in made.trainer.callbacks if isinstance(callback, DownstreamEval))
         assert tasks == []
         assert made.run_name == "memit"
+
+
+def test_a_folder_of_ones_own_holds_one_run(
+    arguments: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own" / "run"
+    command = [*arguments(), "--data.n_edits=1", "--export.model=false", "--folder", str(own)]
+    assert main(command) == 0
+    assert (own / "results.json").is_file()
+    assert (own / "config.yaml").is_file()
+    assert main(command) == 2
+    assert f"error: {own} holds a run already: --resume" in capsys.readouterr().err

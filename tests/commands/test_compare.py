@@ -126,8 +126,8 @@ def test_what_is_passed_on_counts_more_than_what_compare_says_of_itself(tmp_path
         (["--configs", "mose", "--jobs", "0"], "--jobs is 0"),
         (["--configs", "mose", "--data.seed=3"], "--data.seed is set by compare: use --seeds"),
         (
-            ["--configs", "mose", "--trainer.logger.save_dir=x"],
-            "--trainer.logger.save_dir is set by compare: use --out",
+            ["--configs", "mose", "--folder=x"],
+            "--folder is set by compare: use --out",
         ),
         (["mose", "rome"], "'mose' is not an option"),
         (["--configs", "mose", "--model.editor.nonsense=1"], "mose: "),

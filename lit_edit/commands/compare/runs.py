@@ -15,7 +15,7 @@ from typing import Any
 from lit_edit.configs.find import config_folder, find_config, read_config
 from lit_edit.files import write_json
 from lit_edit.runs.report.gather import EDITS, flattened
-from lit_edit.runs.results import ResultsError, read_results
+from lit_edit.runs.results import FILE_NAME, ResultsError, read_results
 
 ASKED = "asked.json"
 LOG = "log.txt"
@@ -30,7 +30,7 @@ RESERVED = {
     "--model.seed": "--seeds",
     "--seed_everything": "--seeds",
     "--ckpt_path": "the same command again, which goes on where a run was cut",
-    "--trainer.logger": "--out",
+    "--folder": "--out",
     "--trainer.default_root_dir": "--out",
     "--checkpoint.dirpath": "--out",
 }
@@ -90,9 +90,7 @@ class Run:
         options += ["--export.model=false", "--trainer.enable_progress_bar=false", *self.overrides]
         options += [f"--data.n_edits={self.n_edits}", f"--data.seed={order}"]
         options += [f"--model.seed={self.seed}", f"--seed_everything={self.seed}"]
-        options += ["--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger"]
-        options += [f"--trainer.logger.save_dir={self.folder.parent}", f"--trainer.logger.name={self.folder.name}"]
-        return [*options, "--trainer.logger.version="]
+        return [*options, f"--folder={self.folder}"]
 
     @property
     def command(self) -> list[str]:
@@ -134,7 +132,9 @@ class Run:
         return "seconds" in read_results(self.folder).run and (self.folder / EDITS).is_file()
 
     def prepare(self) -> None:
-        """Makes the folder and notes what is asked for."""
+        """Makes the folder and notes what is asked for; a run that cannot be continued begins anew."""
+        if not (self.folder / CHECKPOINT).is_file():
+            (self.folder / FILE_NAME).unlink(missing_ok=True)
         write_json(self.folder / ASKED, self.asked)
 
     def clear(self) -> None:
