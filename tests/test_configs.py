@@ -68,6 +68,7 @@ WRITES = {
     "mose-key": 1,  # a rotation brings the key's output to v* in direction, and only as far as its length reaches
     "mose": 1,
     "mose-paper": 0,  # values of any length, of which a rotation gives the direction alone
+    "mend": 1,  # its network knows the unedited model, and each edit leads away from it
     "o-edit-rome": 1,  # away from what was written before, which takes from what is written
 }
 LOCALITY = {"mose-oft": 0.5}  # trained with no regard to anything else
