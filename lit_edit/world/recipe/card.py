@@ -39,6 +39,7 @@ from lit_edit.world.recipe.world import build_world
 
 SINGLE_EDITS = 50
 TRACED = 100
+TRACED_TOKENS = ("last subject token", "last token")
 DATA: dict[str, Callable[[], EditDataModule]] = {
     "counterfact": lambda: CounterFactDataModule(n_edits=None),
     "multifact": lambda: CounterFactDataModule(path=str(embedded_path("data", "multifact.json")), n_edits=None),
@@ -215,7 +216,7 @@ def measure(
         part(task.name, partial(_score_of, workspace, task), tasks)
         part(f"{task.name}, items", partial(len, task.prompts), tasks)
     requests = requests_of(DATA["counterfact"]())
-    part("tracing", lambda: indirect_effects(workspace, requests[:TRACED]).as_json())
+    part("tracing", lambda: indirect_effects(workspace, requests[:TRACED], tokens=TRACED_TOKENS).as_json())
     draw(Trace(**found["tracing"]), out / "tracing.png")
     if n_single:
         part("n_single", lambda: n_single)
