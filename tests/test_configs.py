@@ -330,6 +330,7 @@ UNSAID: dict[str, tuple[tuple[Any, ...], str]] = {
     "values.penalties": ((None,), "a part that the method has not"),
     "values.schedule": ((None,), "a part that the method has not"),
     "elastic_net": ((None,), "a part that the method has not"),
+    "values.schedule.rule": (("weighted_gradient",), "the paper's own rule; the others are its controls"),
     "layers.solver": ((None,), "the comparison's solver is ROME, as published"),
     "layers.steps": ((None,), "as many as the edit itself has"),
     "layers.reach": ((None,), "the published rule has no such limit"),
@@ -431,7 +432,7 @@ def test_a_preset_makes_edits(command: Command, preset: str) -> None:
 def test_a_model_without_published_constants_composes_with_every_method(model: str) -> None:
     overlay = content(f"models/{model}")
     assert set(overlay) == {"model"}
-    assert set(overlay["model"]) == {"model", "dtype"}
+    assert set(overlay["model"]) == {"model", "dtype", "corpus", "corpus_tokens"}
     assert "/" in overlay["model"]["model"]
     for method in ("mose", "memit"):
         settings, _ = composed(method, f"models/{model}.yaml")

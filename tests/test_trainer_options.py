@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers.models import REPOSITORY
 from helpers.runs import command_line
+from lit_edit.configs.find import read_config
 
 from lit_edit import load_editor
 from lit_edit.cli import EditCLI, main
@@ -126,7 +126,7 @@ def test_what_a_strangers_model_takes_over_is_said() -> None:
 
 def test_overlays_of_real_models_name_a_real_corpus() -> None:
     for path in (REPOSITORY / "configs" / "models").rglob("*.yaml"):
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        model = read_config(str(path))["model"]
         wants = path.parent.name == "models" or load_editor(path.stem).needs_covariances
         assert ("corpus" in model) == wants, path
         assert not wants or load_corpus(model["corpus"]).name == "hf:wikimedia/wikipedia:20231101.en:train:text"

@@ -70,7 +70,7 @@ def test_the_walk_meets_everything() -> None:
         assert min(met.count(one) for one in met) >= 2
     # MEND needs a network that was trained for the model; the others are settings of methods that are here.
     variants = {"mend", "ft-l", "ft-m", "ft-elastic-net", "eac-memit", "o-edit-memit", "o-edit-plus-memit"}
-    variants |= {"mose-plus", "memit-plus"}
+    variants |= {"mose-paper", "mose-plus", "memit-plus"}
     assert {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} == {*METHODS, *variants}
 
 

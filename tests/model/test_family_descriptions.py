@@ -241,5 +241,5 @@ def test_a_mixture_of_experts_is_not_guessed_either() -> None:
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         num_local_experts=2, vocab_size=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match=r"'mixtral' are not described yet.*candidates among"):
+    with pytest.raises(UnsupportedModelError, match=r"mixture of 2 experts.*Take a dense model"):
         Architecture(AutoModelForCausalLM.from_config(config))
