@@ -61,7 +61,8 @@ def smaller(arguments: list[str]) -> list[str]:
     if arguments[0] == "statistics":
         return [*arguments, "--model.corpus_tokens=4000"]
     if arguments[0] == "fit" and "--print_config" not in arguments and "--dry_run" not in arguments:
-        return [*arguments, *SMALLER]
+        bounded = any("downstream/" in argument for argument in arguments)  # a guard that has to find the figure
+        return [*arguments, *SMALLER, *(["--downstream.n_items=2"] if bounded else [])]
     return arguments
 
 
