@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from lit_edit.configs.find import read_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -79,3 +81,38 @@ def test_an_unknown_section_is_named() -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "no section 'speed'; there are values, solve, sequence, edits, evaluation, large" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def search() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("search", REPOSITORY / "benchmarks" / "search.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_method_is_searched_in_nine_settings_around_its_own(search: ModuleType) -> None:
+    for name in search.CONFIGS:
+        tried = list(search.settings(name))
+        assert len({tuple(changed.values()) for changed, _ in tried}) == 9
+        assert all(len(changed) == 2 for changed, _ in tried)
+        assert tried[search.OWN][1] == read_config(name)["model"], name
+
+
+def test_the_search_uses_records_that_are_for_choosing(search: ModuleType) -> None:
+    records = {str(r["case_id"]): r.get("split") for r in json.loads(search.WORLD.read_text(encoding="utf-8"))}
+    chosen = search.chosen(50, seed=0)
+    assert {records[request.case_id] for request in chosen} == {"choose"}
+    assert len({request.case_id for request in chosen}) == 50
+
+
+def test_the_search_names_the_best_setting(search: ModuleType) -> None:
+    figures = [(4, 0.5), (1, 0.9), (2, 0.7)]
+    rows = [
+        {"config": "rome", "number": n, "settings": {"values.lr": float(n)}}
+        | dict.fromkeys(("reliability", "generalization", "locality"), value)
+        for n, value in figures
+    ]
+    assert "| rome | 3 | 0.50 | 0.90 | 0.90 | 0.90 | 0.90 | `values.lr: 1` |" in search.table(rows)
