@@ -512,6 +512,7 @@ def _check(args: list[str]) -> None:
         settings = _Parsed(args).config["fit"].as_dict()
     except ArgumentError as error:
         raise ValueError(readable(str(error))) from error
+    check_strangers(settings, args)
     made(Editor, settings["model"]["editor"])
     if settings["data"] is not None:
         made(EditDataModule, settings["data"]).setup("fit")

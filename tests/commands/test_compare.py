@@ -155,6 +155,15 @@ def test_help_names_the_options_and_both_commands(capsys: Said) -> None:
     assert re.search(r"^ +compare +\w", said, re.MULTILINE)
 
 
+def test_facts_of_the_embedded_world_are_refused_for_another_model_before_any_run(tmp_path: Path, capsys: Said) -> None:
+    asked = ["compare", "--configs", "rome", "memit", "--n_edits", "2", "--out", str(tmp_path / "out")]
+    assert main([*asked, "--model.model", str(tmp_path / "model")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"(rome|memit): ", said)
+    assert "facts of the embedded model's invented world" in said
+    assert not list(tmp_path.rglob("log.txt"))
+
+
 def test_compare_after_other_options_is_refused(capsys: Said) -> None:
     assert main(["--config", "mose.yaml", "compare"]) == 2
     assert "compare" in capsys.readouterr().err
